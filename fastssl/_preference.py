@@ -1,0 +1,23 @@
+"""The order in which backends are tried, per op and device, each row with the measurement behind it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Choice(NamedTuple):
+    """One row: a backend and what speaks for its place."""
+
+    backend: str
+    evidence: str
+
+
+PREFERENCE: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "self_relation": {
+        "cpu": (Choice("cpp", "to be measured"),),
+        "cuda": (
+            Choice("triton", "unverified: no GPU has run it yet"),
+            Choice("cpp", "unverified: no GPU has run it yet; forward only"),
+        ),
+    },
+}

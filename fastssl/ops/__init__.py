@@ -1,0 +1,3 @@
+"""The ops: one file each. Importing this package registers them."""
+
+from fastssl.ops import self_relation as self_relation

@@ -1,0 +1,300 @@
+"""self_relation: public function, check, fakes, autograd, and what each backend accepts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastssl import _checks, _library, kernels
+from fastssl._backends import FLOATING, Backend, Call, Op, always, register, select
+from fastssl.reference.self_relation import self_relation as _reference
+
+_OP = "self_relation"
+_KINDS = ("pixel", "channel")
+
+
+def self_relation(
+    x: Tensor,
+    *,
+    kind: str = "pixel",
+    num_heads: int = 1,
+    scale: float | None = None,
+    temp: float = 1.0,
+    columns: Tensor | None = None,
+    normalize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """SERE's relation matrix: how much each token (or channel) is like every other one, as probabilities.
+
+    Equivalent, for ``kind="pixel"``, to::
+
+        rows = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)          # (B, H, N, d)
+        cols = columns.unflatten(-1, (num_heads, -1)).transpose(1, 2)    # (B, H, M, d)
+        ((scale / temp) * rows @ cols.mT).softmax(-1)                    # (B, H, N, M)
+
+    and, for ``kind="channel"``, to the same with ``(B, H, d, N)`` rows and columns. Gram matrix and softmax are one
+    kernel; the matrix is written once, and without `columns` only half of the Gram matrix is computed.
+
+    Args:
+        x: tokens (B, N, C) or a feature map (B, C, h, w), which is read as (B, h·w, C) without a copy; float32,
+            float64, bfloat16 or float16, any strides. Arithmetic is float32 (float64 for float64).
+        kind: "pixel" relates tokens, "channel" relates the channels of each head.
+        num_heads: H, a divisor of C; d = C/H.
+        scale: factor of the dot products; None means d**-0.5 for pixels and 1/N for channels.
+        temp: temperature, a finite number above 0; divides `scale`.
+        columns: the tokens that become the columns, (B, M, C) or (B, C, h', w'), None for x itself. For
+            "channel" it must have x's N. Its dtype may differ from x's.
+        normalize: divide every related vector by its length first (cosine similarity). A zero vector stays zero
+            and gets no gradient.
+        backend: "reference", "cpp" or "triton" forces one; None chooses.
+
+    Returns:
+        (B, H, N, M) for "pixel", (B, H, d, d) for "channel", in x's dtype, contiguous. Each row sums to 1.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, value or device, or a forced backend that cannot take the call.
+
+    Bitwise repeatable, for any number of threads. First derivatives only.
+
+    Source: SERE (arXiv 2206.05184), the self-relations of eq. 2 (pixel) and eq. 4 (channel).
+    """
+    args = _check(x, kind, num_heads, scale, temp, columns, normalize)
+    chosen = select(_call(args), backend)
+    if chosen == "reference":
+        return _reference(
+            args.x,
+            kind=kind,
+            num_heads=num_heads,
+            scale=args.scale,
+            columns=args.columns,
+            normalize=normalize,
+        )
+    if args.needs_grad:
+        result: Tensor = _SelfRelation.apply(*args[:6], chosen)
+        return result
+    return _forward(chosen, *args[:6])
+
+
+class _Args(NamedTuple):
+    """A checked call. The first six go to the raw operators in this order."""
+
+    x: Tensor  # (B, N, C), any strides
+    columns: Tensor | None  # (B, M, C), any strides; None: x itself
+    channel: int
+    num_heads: int
+    scale: float  # scale / temp
+    normalize: int
+    needs_grad: bool
+
+
+def _check(
+    x: Any, kind: Any, num_heads: Any, scale: Any, temp: Any, columns: Any, normalize: Any
+) -> _Args:
+    _checks.check_tensor(_OP, "x", x)
+    _checks.check_choice(_OP, "kind", kind, _KINDS)
+    _checks.check_count(_OP, "num_heads", num_heads)
+    _checks.check_number(_OP, "temp", temp, positive=True)
+    _checks.check_flag(_OP, "normalize", normalize)
+    rows = _checks.tokens(_OP, "x", x)
+    batch, length, width = rows.shape
+    if width < 1 or width % num_heads != 0:
+        raise ValueError(f"{_OP}: num_heads must divide the C channels of x, got {num_heads} for C = {width}")
+    needs_grad = x.requires_grad
+    cols = None
+    if columns is not None and columns is not x:
+        _checks.check_tensor(_OP, "columns", columns)
+        _checks.check_same_device(_OP, "columns", columns, "x", x)
+        cols = _checks.tokens(_OP, "columns", columns)
+        if cols.shape[0] != batch or cols.shape[2] != width:
+            raise ValueError(
+                f"{_OP}: columns must have x's batch and channels (B = {batch}, C = {width}), "
+                f"got {_checks.shape(columns)}"
+            )
+        if kind == "channel" and cols.shape[1] != length:
+            raise ValueError(
+                f"{_OP}: columns must have x's number of tokens (N = {length}) for kind='channel', "
+                f"got {cols.shape[1]}"
+            )
+        if kind == "pixel" and cols.shape[1] < 1:
+            raise ValueError(f"{_OP}: columns must have at least one token, got {_checks.shape(columns)}")
+        needs_grad = needs_grad or columns.requires_grad
+    if scale is None:
+        scale = (width // num_heads) ** -0.5 if kind == "pixel" else 1.0 / max(length, 1)
+    else:
+        _checks.check_number(_OP, "scale", scale)
+    return _Args(
+        rows,
+        cols,
+        int(kind == "channel"),
+        num_heads,
+        scale / temp,
+        int(normalize),
+        needs_grad and torch.is_grad_enabled(),
+    )
+
+
+def _describe(
+    x: Any,
+    *,
+    kind: Any = "pixel",
+    num_heads: Any = 1,
+    scale: Any = None,
+    temp: Any = 1.0,
+    columns: Any = None,
+    normalize: Any = False,
+) -> Call:
+    return _call(_check(x, kind, num_heads, scale, temp, columns, normalize))
+
+
+def _call(args: _Args) -> Call:
+    """What the backends are asked about: R rows and M columns of depth K."""
+    depth = args.x.shape[2] // args.num_heads
+    length = args.x.shape[1]
+    others = length if args.columns is None else args.columns.shape[1]
+    dtypes = (("x", args.x.dtype),)
+    if args.columns is not None:
+        dtypes += (("columns", args.columns.dtype),)
+    if args.channel:
+        sizes = {"rows": depth, "columns": depth, "depth": length}
+    else:
+        sizes = {"rows": length, "columns": others, "depth": depth}
+    return Call(_OP, args.x.device.type, dtypes, args.needs_grad, sizes)
+
+
+def _forward(
+    backend: str, x: Tensor, columns: Tensor | None, channel: int, num_heads: int, scale: float, normalize: int
+) -> Tensor:
+    ops = torch.ops.fastssl
+    run = ops.self_relation_forward if backend == "cpp" else ops.self_relation_forward_triton
+    symmetric = int(columns is None)
+    result: Tensor = run(x, x if columns is None else columns, channel, num_heads, scale, normalize, symmetric)
+    return result
+
+
+class _SelfRelation(torch.autograd.Function):
+    """Saves the relation matrix, which is the output anyway, and the tokens."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        columns: Tensor | None,
+        channel: int,
+        num_heads: int,
+        scale: float,
+        normalize: int,
+        backend: str,
+    ) -> Tensor:
+        return _forward(backend, x, columns, channel, num_heads, scale, normalize)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, columns, *ctx.numbers, ctx.backend = inputs
+        ctx.symmetric = columns is None
+        ctx.save_for_backward(output, x, x if columns is None else columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        relation, x, columns = ctx.saved_tensors
+        ops = torch.ops.fastssl
+        run = ops.self_relation_backward if ctx.backend == "cpp" else ops.self_relation_backward_triton
+        wants_x, wants_columns = ctx.needs_input_grad[:2]
+        wanted = int(wants_x) + 2 * int(wants_columns)
+        grad_x, grad_columns = run(grad, relation, x, columns, *ctx.numbers, int(ctx.symmetric), wanted)
+        return (grad_x if wants_x else None, grad_columns if wants_columns else None) + (None,) * 5
+
+
+_ARGUMENTS = "Tensor x, Tensor columns, int channel, int num_heads, float scale, int normalize, int symmetric"
+_FORWARD = f"self_relation_forward({_ARGUMENTS}) -> Tensor"
+_BACKWARD = f"self_relation_backward(Tensor grad, Tensor relation, {_ARGUMENTS}, int wanted) -> (Tensor, Tensor)"
+
+
+def _fake_forward(
+    x: Tensor, columns: Tensor, channel: int, num_heads: int, scale: float, normalize: int, symmetric: int
+) -> Tensor:
+    batch, length, width = x.shape
+    depth = width // num_heads
+    size = (depth, depth) if channel else (length, columns.shape[1])
+    return x.new_empty((batch, num_heads, *size))
+
+
+def _fake_backward(
+    grad: Tensor,
+    relation: Tensor,
+    x: Tensor,
+    columns: Tensor,
+    channel: int,
+    num_heads: int,
+    scale: float,
+    normalize: int,
+    symmetric: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty_like(x) if wanted & 1 else x.new_empty(0)
+    grad_columns = torch.empty_like(columns) if wanted & 2 else columns.new_empty(0)
+    return grad_x, grad_columns
+
+
+def _triton_forward(*args: Any) -> Tensor:
+    from fastssl.kernels.self_relation import forward
+
+    return forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    from fastssl.kernels.self_relation import backward
+
+    return backward(*args)
+
+
+_library.register_fake("self_relation_forward", _fake_forward)
+_library.register_fake("self_relation_backward", _fake_backward)
+_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, _fake_forward)
+_library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
+
+
+def _cpp_missing(device: str) -> str | None:
+    return _library.why_not if device == "cpu" else _library.why_no_cuda
+
+
+def _cpp_limits(call: Call) -> list[str]:
+    if call.device != "cuda":
+        return []
+    reasons = []
+    if call.needs_grad:
+        reasons.append("its CUDA kernel has no backward")
+    shared = cuda_shared_bytes(call.sizes["columns"], call.sizes["depth"])
+    if shared > CUDA_SHARED_LIMIT:
+        reasons.append(
+            f"its CUDA kernel keeps the columns of one head in shared memory: {shared} bytes are more than "
+            f"{CUDA_SHARED_LIMIT}"
+        )
+    return reasons
+
+
+#: Shared memory that every supported chip (sm_80, sm_90, sm_100) gives to one block, in bytes.
+CUDA_SHARED_LIMIT = 163 * 1024
+
+
+def cuda_shared_bytes(columns: int, depth: int) -> int:
+    """Shared memory of csrc/cuda/self_relation.cuh for one (image, head): its columns in float32, rows padded by one."""
+    return 4 * columns * (depth + 1)
+
+
+_HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+register(
+    Op(
+        name=_OP,
+        describe=_describe,
+        backends=(
+            Backend("cpp", ("cpu", "cuda"), FLOATING, _cpp_missing, _cpp_limits),
+            Backend("triton", ("cuda", "cpu"), _HALF, kernels.why_not),
+            Backend("reference", (), FLOATING, always),
+        ),
+    )
+)

@@ -1,0 +1,1 @@
+"""What each op means, in plain differentiable PyTorch: any device, any floating dtype. Truth, and last resort."""
