@@ -1,12 +1,14 @@
-// Every operator schema of the library. Raw operators take tensors, ints and floats only: strings and optional
-// tensors cost microseconds each on their way through the stable ABI.
+// Every operator schema of the library. Raw operators take tensors, ints and floats only: strings and
+// optional tensors cost microseconds each on their way through the stable ABI.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastssl, m) {
   m.def(
-      "self_relation_forward(Tensor x, Tensor columns, int channel, int num_heads, float scale, int normalize, "
+      "self_relation_forward(Tensor x, Tensor columns, int channel, int num_heads, float scale, int "
+      "normalize, "
       "int symmetric) -> Tensor");
   m.def(
-      "self_relation_backward(Tensor grad, Tensor relation, Tensor x, Tensor columns, int channel, int num_heads, "
+      "self_relation_backward(Tensor grad, Tensor relation, Tensor x, Tensor columns, int channel, int "
+      "num_heads, "
       "float scale, int normalize, int symmetric, int wanted) -> (Tensor, Tensor)");
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ built: bool = importlib.util.find_spec("fastssl._C") is not None
 facts: dict[str, Any] = {}
 #: Where the loaded library lies.
 path: str = ""
+#: The pybind11 module, or None.
+module: Any = None
 
 if built:
     try:
-        _module = importlib.import_module("fastssl._C")
-        facts = dict(_module.build_facts())
-        path = str(_module.__file__)
+        module = importlib.import_module("fastssl._C")
+        facts = dict(module.build_facts())
+        path = str(module.__file__)
     except Exception as exception:  # a broken ABI, a missing symbol: kept and shown, never read as "not built"
         error = exception
 
@@ -63,6 +66,16 @@ why_not: str | None = _why_not()
 #: The same for its CUDA kernels.
 why_no_cuda: str | None = _why_no_cuda()
 
+
+def _choose_cpu_path() -> None:
+    """FASTSSL_CPU_PATH=portable|avx2|avx512 replaces the widest path that the processor runs."""
+    wanted = os.environ.get("FASTSSL_CPU_PATH")
+    if wanted and loaded() and not module.use_cpu_path(wanted):
+        paths = ", ".join(module.supported_cpu_paths())
+        raise ValueError(f"FASTSSL_CPU_PATH: must be one of {paths} on this processor, got {wanted!r}")
+
+
+_choose_cpu_path()
 _fragment = torch.library.Library("fastssl", "FRAGMENT")
 
 

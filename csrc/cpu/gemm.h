@@ -1,0 +1,189 @@
+// Matrix products of one (image, head) on packed panels: packing from any strides and element type, and the
+// register tile. Included once per instruction set by foreach_isa.h.
+//
+// A panel holds `lanes` neighbouring vectors side by side: panel[depth][lane], zero where there is no vector.
+// Every element of a product is one chain of fused multiply-adds over the depth in ascending order. So (X
+// Xᵀ)_ij and (X Xᵀ)_ji are the same bits, and how the work is split over threads changes nothing.
+
+namespace fastssl::cpu::FASTSSL_ISA {
+
+constexpr int kTileRows = FASTSSL_TILE_ROWS;
+constexpr int kTileVectors = 2;
+template <class T>
+constexpr int kTileColumns = kTileVectors * Simd<T>::kWidth;
+
+template <class T, class S>
+struct PackFrom {
+  // Packs vectors [first, first + count) of `depth` elements into one panel of LANES lanes.
+  template <int LANES>
+  static void panel(T* out, const S* in, int64_t lane_stride, int64_t depth_stride, int64_t count,
+                    int64_t depth) {
+    constexpr int W = Simd<T>::kWidth;
+    if (lane_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const S* from = in + k * depth_stride;
+        T* to = out + k * LANES;
+        int lane = 0;
+        if (count == LANES) {
+#pragma GCC unroll 4
+          for (; lane + W <= LANES; lane += W) store<T>(to + lane, load_any<T>(from + lane));
+#pragma GCC unroll 16
+          for (; lane < LANES; ++lane) to[lane] = static_cast<T>(widen_one(from[lane]));
+        } else {
+          for (; lane < LANES; ++lane) to[lane] = lane < count ? static_cast<T>(widen_one(from[lane])) : T{0};
+        }
+      }
+      return;
+    }
+    constexpr int kRest = LANES % W == 0 ? W : LANES % W;  // lanes of the last vector
+    const int64_t blocks = depth_stride == 1 ? depth / W : 0;
+    for (int lane = 0; lane < LANES; lane += W) {
+      const int64_t here = std::clamp<int64_t>(count - lane, 0, W);
+      const int width = std::min(W, LANES - lane);
+      for (int64_t block = 0; block < blocks; ++block) {
+        Vec<T> rows[W];
+        for (int r = 0; r < W; ++r) {
+          rows[r] = r < here ? load_any<T>(in + (lane + r) * lane_stride + block * W) : Vec<T>{};
+        }
+        transpose<T>(rows);
+        for (int r = 0; r < W; ++r) {
+          T* to = out + (block * W + r) * LANES + lane;
+          if (width == W || LANES < W) {  // what is too much, the next store replaces
+            store<T>(to, rows[r]);
+          } else {
+            store_lanes<T, kRest>(to, rows[r]);
+          }
+        }
+      }
+      for (int64_t k = blocks * W; k < depth; ++k) {
+        const Vec<T> v = load_strided<T>(in + lane * lane_stride + k * depth_stride, lane_stride, here);
+        for (int l = 0; l < width; ++l) out[k * LANES + lane + l] = v[l];
+      }
+    }
+  }
+};
+
+// Packs `vectors` vectors of `depth` elements into panels of LANES lanes. `out` has room for one more vector.
+template <class T, int LANES>
+void pack(T* out, const void* in, Dtype dtype, int64_t lane_stride, int64_t depth_stride, int64_t vectors,
+          int64_t depth) {
+  for (int64_t first = 0; first < vectors; first += LANES, out += depth * LANES) {
+    const int64_t count = std::min<int64_t>(LANES, vectors - first), at = first * lane_stride;
+    switch (dtype) {
+      case Dtype::kFloat:
+        PackFrom<T, float>::template panel<LANES>(out, static_cast<const float*>(in) + at, lane_stride,
+                                                  depth_stride, count, depth);
+        break;
+      case Dtype::kDouble:
+        if constexpr (sizeof(T) == 8) {
+          PackFrom<T, double>::template panel<LANES>(out, static_cast<const double*>(in) + at, lane_stride,
+                                                     depth_stride, count, depth);
+        }
+        break;
+      case Dtype::kBFloat16:
+        PackFrom<T, BFloat16Bits>::template panel<LANES>(out, static_cast<const BFloat16Bits*>(in) + at,
+                                                         lane_stride, depth_stride, count, depth);
+        break;
+      case Dtype::kHalf:
+        PackFrom<T, HalfBits>::template panel<LANES>(out, static_cast<const HalfBits*>(in) + at, lane_stride,
+                                                     depth_stride, count, depth);
+        break;
+    }
+  }
+}
+
+// c[i][j] = Σ_k a[k][i] b[k][j] for kTileRows rows and NV vectors of columns. `b_lanes` is the width of b's
+// panel.
+template <class T, int NV>
+FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
+  constexpr int W = Simd<T>::kWidth;
+  Vec<T> sum[kTileRows][NV] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> column[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_lanes + v * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vec<T> row = broadcast<T>(a[k * kTileRows + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[i][v] += row * column[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store<T>(c + i * c_stride + v * W, sum[i][v]);
+  }
+}
+
+// One strip of a product: kTileRows rows against columns [from, to) of the packed panels `b`; `from` is a
+// multiple of the vector width. c is the strip's first row at column 0; columns are written in whole vectors.
+template <class T>
+void strip_product(int64_t depth, const T* a_panel, const T* b, int64_t from, int64_t to, T* c,
+                   int64_t c_stride) {
+  constexpr int W = Simd<T>::kWidth, N = kTileColumns<T>;
+  for (int64_t j = from; j < to;) {
+    const int64_t lane = j % N;
+    const T* panel = b + (j - lane) * depth + lane;
+    if (lane == 0 && to - j > W) {
+      tile<T, 2>(depth, a_panel, panel, N, c + j, c_stride);
+      j += N;
+    } else {
+      tile<T, 1>(depth, a_panel, panel, N, c + j, c_stride);
+      j += W;
+    }
+  }
+}
+
+// Writes `rows` rows of a strip to a matrix of any strides, element by element type.
+template <class T, class S>
+void store_strip_as(const T* strip, int64_t stride, int64_t rows, int64_t columns, S* out, int64_t row_stride,
+                    int64_t column_stride) {
+  constexpr int W = Simd<T>::kWidth;
+  const int64_t whole = columns / W * W;
+  if (column_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = strip + r * stride;
+      S* to = out + r * row_stride;
+      for (int64_t j = 0; j < whole; j += W) store_any<T>(to + j, load<T>(from + j));
+      if (whole < columns) store_part<T>(to + whole, load<T>(from + whole), columns - whole);
+    }
+  } else if (row_stride == 1) {
+    for (int64_t j = 0; j < columns; j += W) {
+      for (int64_t g = 0; g < rows; g += W) {
+        const int64_t lanes = std::min<int64_t>(W, rows - g), wide = std::min<int64_t>(W, columns - j);
+        Vec<T> block[W];
+        for (int r = 0; r < W; ++r) block[r] = r < lanes ? load<T>(strip + (g + r) * stride + j) : Vec<T>{};
+        transpose<T>(block);
+        for (int64_t c = 0; c < wide; ++c) store_part<T>(out + (j + c) * column_stride + g, block[c], lanes);
+      }
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; ++j)
+        store_part<T>(out + r * row_stride + j * column_stride, broadcast<T>(strip[r * stride + j]), 1);
+  }
+}
+
+template <class T>
+void store_strip(const T* strip, int64_t stride, int64_t rows, int64_t columns, const Strided& out,
+                 int64_t batch, int64_t head, int64_t row) {
+  const int64_t offset = batch * out.batch_stride + head * out.head_stride + row * out.row_stride;
+  const int64_t rs = out.row_stride, cs = out.column_stride;
+  switch (out.dtype) {
+    case Dtype::kFloat:
+      return store_strip_as<T>(strip, stride, rows, columns, static_cast<float*>(out.data) + offset, rs, cs);
+    case Dtype::kDouble:
+      if constexpr (sizeof(T) == 8)
+        store_strip_as<T>(strip, stride, rows, columns, static_cast<double*>(out.data) + offset, rs, cs);
+      return;
+    case Dtype::kBFloat16:
+      return store_strip_as<T>(strip, stride, rows, columns, static_cast<BFloat16Bits*>(out.data) + offset,
+                               rs, cs);
+    case Dtype::kHalf:
+      return store_strip_as<T>(strip, stride, rows, columns, static_cast<HalfBits*>(out.data) + offset, rs,
+                               cs);
+  }
+}
+
+}  // namespace fastssl::cpu::FASTSSL_ISA
