@@ -2,8 +2,8 @@
 // register tile. Included once per instruction set by foreach_isa.h.
 //
 // A panel holds `lanes` neighbouring vectors side by side: panel[depth][lane], zero where there is no vector.
-// Every element of a product is one chain of fused multiply-adds over the depth in ascending order. So (X
-// Xᵀ)_ij and (X Xᵀ)_ji are the same bits, and how the work is split over threads changes nothing.
+// Every element of a product sums the same terms in the same order, whichever tile it falls in. So (X Xᵀ)_ij
+// and (X Xᵀ)_ji are the same bits, and how the work is split over threads changes nothing.
 
 namespace fastssl::cpu::FASTSSL_ISA {
 
@@ -93,27 +93,37 @@ void pack(T* out, const void* in, Dtype dtype, int64_t lane_stride, int64_t dept
 }
 
 // c[i][j] = Σ_k a[k][i] b[k][j] for kTileRows rows and NV vectors of columns. `b_lanes` is the width of b's
-// panel.
+// panel. Sums run over kChunk products at a time: one long chain of alike terms would round the same way
+// every time, and its error would grow with the depth.
+constexpr int64_t kChunk = 64;
+
 template <class T, int NV>
 FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
   constexpr int W = Simd<T>::kWidth;
-  Vec<T> sum[kTileRows][NV] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> column[NV];
+  int64_t k = 0;
+  do {
+    const bool first = k == 0;
+    Vec<T> sum[kTileRows][NV] = {};
+    for (const int64_t end = std::min(depth, k + kChunk); k < end; ++k) {
+      Vec<T> column[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_lanes + v * W);
+      for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_lanes + v * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; ++i) {
+        const Vec<T> row = broadcast<T>(a[k * kTileRows + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[i][v] += row * column[v];
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const Vec<T> row = broadcast<T>(a[k * kTileRows + i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[i][v] += row * column[v];
+      for (int v = 0; v < NV; ++v) {
+        T* to = c + i * c_stride + v * W;
+        store<T>(to, first ? sum[i][v] : load<T>(to) + sum[i][v]);
+      }
     }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store<T>(c + i * c_stride + v * W, sum[i][v]);
-  }
+  } while (k < depth);
 }
 
 // One strip of a product: kTileRows rows against columns [from, to) of the packed panels `b`; `from` is a

@@ -1,0 +1,231 @@
+// self_relation's backward on the CPU, without any matrix of the relation's size. Included by
+// self_relation.h, once per instruction set.
+//
+// δ_i = Σ_j A_ij G_ij / Σ_j A_ij, dS_ij = A_ij (G_ij − δ_i), and
+//   symmetric  dX = scale · (dS + dSᵀ) X, one product;     else  dX = scale · dS Y,  dY = scale · dSᵀ X.
+// Strips of dS (+ dSᵀ) are made as panels of the product and thrown away. The sum of A is 1 but for its
+// rounding; dividing by it keeps the rows of dS at zero sum, which saves the gradient of saturated rows in
+// half precision.
+
+namespace fastssl::cpu::FASTSSL_ISA {
+
+// A and G = dA as rows of S elements; G may have any strides.
+template <class T, class S>
+struct Pair {
+  const S* relation;
+  const S* grad;
+  int64_t columns, grad_row, grad_column, readable;  // readable: elements of `relation` that may be read
+  bool plain, alike;  // grad's rows are contiguous; all of grad lies like relation
+
+  Pair(const SelfRelation& op, int64_t h)
+      : relation(static_cast<const S*>(op.relation) + h * op.rows * op.columns),
+        grad(static_cast<const S*>(element(op.grad, h / op.heads, h % op.heads))),
+        columns(op.columns),
+        grad_row(op.grad.row_stride),
+        grad_column(op.grad.column_stride),
+        readable((op.batch * op.heads - h) * op.rows * op.columns),
+        plain(grad_column == 1),
+        alike(plain && grad_row == op.columns && op.grad.head_stride == op.rows * op.columns &&
+              op.grad.batch_stride == op.heads * op.rows * op.columns) {}
+
+  // Lanes A_ij, G_ij for j = column … column + W; those past `count` are whatever can be read without harm.
+  // WHOLE: the caller knows that the vectors may be read and that grad lies like relation.
+  template <bool WHOLE>
+  FASTSSL_INLINE void load(int64_t row, int64_t column, int64_t count, Vec<T>& a, Vec<T>& g) const {
+    constexpr int W = Simd<T>::kWidth;
+    const int64_t offset = row * columns + column;
+    if constexpr (WHOLE) {
+      a = load_any<T>(relation + offset);
+      g = load_any<T>(grad + offset);
+      return;
+    }
+    const bool whole = offset + W <= readable;
+    if (whole) {
+      a = load_any<T>(relation + offset);
+    } else {
+      a = load_part<T>(relation + offset, count, T{0});
+    }
+    const S* from = grad + row * grad_row + column * grad_column;
+    if ((alike && whole) || (plain && count >= W)) {
+      g = load_any<T>(from);
+    } else {
+      g = load_strided<T>(from, grad_column, count);
+    }
+  }
+};
+
+// δ of rows [begin, end) of all heads in a row.
+template <class T, class S>
+void row_dots(const SelfRelation& op, int64_t begin, int64_t end) {
+  constexpr int W = Simd<T>::kWidth;
+  T* dots = static_cast<T*>(op.dots);
+  for (int64_t item = begin; item < end; ++item) {
+    const Pair<T, S> pair(op, item / op.rows);
+    const int64_t row = item % op.rows, whole = op.columns / W * W;
+    Vec<T> products{}, total{}, a, g;
+    for (int64_t j = 0; j < whole; j += W) {
+      pair.template load<false>(row, j, W, a, g);
+      products += a * g;
+      total += a;
+    }
+    if (whole < op.columns) {
+      pair.template load<false>(row, whole, op.columns - whole, a, g);
+      const int64_t rest = op.columns - whole;
+      products += keep_lanes<T>(a * g, rest, T{0});
+      total += keep_lanes<T>(a, rest, T{0});
+    }
+    dots[item] = sum_lanes<T>(products) / sum_lanes<T>(total);
+  }
+}
+
+// One block of a panel: W elements of depth from k on, for LANES lanes from `lane` on. WHOLE: every vector of
+// the block may be read as it stands; else `lanes` and `deep` say how much of the block there is.
+template <class T, class S, bool BY_ROW, bool BY_COLUMN, int LANES, bool WHOLE>
+FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const T* dots, int64_t lane, int64_t lanes,
+                                   int64_t k, int64_t deep, T* panel) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  Vec<T> rows[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) {
+    rows[r] = Vec<T>{};
+    if (BY_ROW && r < LANES && (WHOLE || r < lanes)) {
+      Vec<T> a, gradient;
+      pair.template load<WHOLE>(lane + r, k, deep, a, gradient);
+      rows[r] = a * (gradient - dots[lane + r]);
+    }
+  }
+  if (BY_ROW) transpose<T>(rows);
+#pragma GCC unroll 16
+  for (int c = 0; c < W; ++c) {
+    if (!WHOLE && c >= deep) break;
+    if (BY_COLUMN && (WHOLE || lanes > 0)) {
+      Vec<T> a, gradient;
+      pair.template load<WHOLE>(k + c, lane, lanes, a, gradient);
+      rows[c] += a * (gradient - dots[k + c]);
+    }
+    T* to = panel + c * R;
+    if (LANES == W || R < W) {  // what is too much, the next store replaces
+      store<T>(to, rows[c]);
+    } else {
+      store_lanes<T, LANES>(to, rows[c]);
+    }
+  }
+}
+
+// The lanes of one vector of a panel, from lane G on, and those of the vectors after it.
+template <class T, class S, bool BY_ROW, bool BY_COLUMN, int G = 0>
+FASTSSL_INLINE void gradient_blocks(const Pair<T, S>& pair, const T* dots, int64_t first, int64_t count,
+                                    int64_t k, int64_t deep, T* panel) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows, LANES = std::min(W, R - G);
+  const int64_t lanes = std::clamp<int64_t>(count - G, 0, LANES);
+  const bool whole = lanes == LANES && deep == W && pair.alike &&
+                     (!BY_COLUMN || (k + W - 1) * pair.columns + first + G + W <= pair.readable);
+  if (whole) {
+    gradient_block<T, S, BY_ROW, BY_COLUMN, LANES, true>(pair, dots, first + G, lanes, k, deep, panel + G);
+  } else {
+    gradient_block<T, S, BY_ROW, BY_COLUMN, LANES, false>(pair, dots, first + G, lanes, k, deep, panel + G);
+  }
+  if constexpr (G + W < R)
+    gradient_blocks<T, S, BY_ROW, BY_COLUMN, G + W>(pair, dots, first, count, k, deep, panel);
+}
+
+// panel[k][lane] for lanes first … first + count: dS_lane,k where BY_ROW, plus dS_k,lane where BY_COLUMN.
+template <class T, class S, bool BY_ROW, bool BY_COLUMN>
+void gradient_panel(const Pair<T, S>& pair, const T* dots, int64_t first, int64_t count, int64_t depth,
+                    T* panel) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  for (int64_t k = 0; k < depth; k += W) {
+    const int64_t deep = std::min<int64_t>(W, depth - k);
+    gradient_blocks<T, S, BY_ROW, BY_COLUMN>(pair, dots, first, count, k, deep, panel + k * R);
+  }
+}
+
+// Through the division by the length: dx = (ĝ − x̂ (x̂ · ĝ)) / |x|, one row at a time.
+template <class T, class S>
+void through_length(const S* x, int64_t stride, int64_t depth, T inverse, T* grad) {
+  double sum = 0;
+  for (int64_t k = 0; k < depth; ++k) sum += double{grad[k]} * widen_one(x[k * stride]);
+  const T dot = static_cast<T>(sum * inverse);
+  for (int64_t k = 0; k < depth; ++k)
+    grad[k] = inverse * (grad[k] - static_cast<T>(widen_one(x[k * stride])) * inverse * dot);
+}
+template <class T>
+void through_lengths(const void* x, const Strided& m, int64_t rows, int64_t depth, const T* inverse, T* strip,
+                     int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, strip += stride) {
+    const int64_t offset = r * m.row_stride, step = m.column_stride;
+    switch (m.dtype) {
+      case Dtype::kFloat:
+        through_length<T>(static_cast<const float*>(x) + offset, step, depth, inverse[r], strip);
+        break;
+      case Dtype::kDouble:
+        if constexpr (sizeof(T) == 8)
+          through_length<T>(static_cast<const double*>(x) + offset, step, depth, inverse[r], strip);
+        break;
+      case Dtype::kBFloat16:
+        through_length<T>(static_cast<const BFloat16Bits*>(x) + offset, step, depth, inverse[r], strip);
+        break;
+      case Dtype::kHalf:
+        through_length<T>(static_cast<const HalfBits*>(x) + offset, step, depth, inverse[r], strip);
+        break;
+    }
+  }
+}
+
+// Strips [begin, end) of all heads in a row, of the gradient of x (BY_ROW) or of the columns.
+template <class T, class S, bool BY_ROW, bool BY_COLUMN>
+void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  const Strided& target = BY_ROW ? op.x : op.y;  // what the gradient is taken of
+  const Strided& other = BY_COLUMN ? op.x : op.y;
+  const Strided& out = BY_ROW ? op.grad_x : op.grad_y;
+  const int64_t rows = BY_ROW ? op.rows : op.columns, depth = BY_COLUMN ? op.rows : op.columns;
+  const int64_t k = op.depth, width = round_up(k, C), strips = ceil_div(rows, R);
+  const int64_t lengths = op.normalize ? round_up(depth, C) : 0;
+  Scratch scratch(Scratch::bytes_of<T>(R * depth + W) + Scratch::bytes_of<T>(depth * width) +
+                  Scratch::bytes_of<T>(R * width) + Scratch::bytes_of<T>(lengths) +
+                  Scratch::bytes_of<T>(op.normalize ? k * C + W : 0));
+  T* panel = scratch.take<T>(R * depth + W);
+  T* b = scratch.take<T>(depth * width);
+  T* strip = scratch.take<T>(R * width);
+  T* inverse = scratch.take<T>(lengths);
+  T* vectors = scratch.take<T>(op.normalize ? k * C + W : 0);
+  const T scale = static_cast<T>(op.scale);
+  int64_t packed = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t h = item / strips, i = item % strips * R, count = std::min<int64_t>(R, rows - i);
+    const int64_t batch = h / op.heads, head = h % op.heads;
+    if (h != packed) {
+      // Lanes are the depth of the relation here: the product runs over tokens (or channels).
+      pack<T, C>(b, element(other, batch, head), other.dtype, other.column_stride, other.row_stride, k,
+                 depth);
+      if (op.normalize) {
+        for (int64_t j = 0; j < depth; j += C) {
+          const int64_t some = std::min<int64_t>(C, depth - j);
+          pack<T, C>(vectors, element(other, batch, head, j), other.dtype, other.row_stride,
+                     other.column_stride, some, k);
+          inverse_lengths<T, C>(vectors, k, inverse + j);
+        }
+        for (int64_t p = 0; p < width; p += C)
+          for (int64_t j = 0; j < depth; ++j)
+            for (int l = 0; l < C; ++l) b[p * depth + j * C + l] *= inverse[j];
+      }
+      packed = h;
+    }
+    const Pair<T, S> pair(op, h);
+    gradient_panel<T, S, BY_ROW, BY_COLUMN>(pair, static_cast<const T*>(op.dots) + h * op.rows, i, count,
+                                            depth, panel);
+    strip_product<T>(depth, panel, b, 0, k, strip, width);
+    for (int64_t e = 0; e < count * width; ++e) strip[e] *= scale;
+    if (op.normalize) {
+      T own[R];
+      const void* x = element(target, batch, head, i);
+      pack<T, R>(vectors, x, target.dtype, target.row_stride, target.column_stride, count, k);
+      inverse_lengths<T, R>(vectors, k, own);
+      through_lengths<T>(x, target, count, k, own, strip, width);
+    }
+    store_strip<T>(strip, width, count, k, out, batch, head, i);
+  }
+}
+
+}  // namespace fastssl::cpu::FASTSSL_ISA
