@@ -98,12 +98,25 @@ def plan() -> Plan:
         raise SystemExit(f"FASTSSL_CUDA=1, but CUDA kernels cannot be built: {p.cuda_reason}")
     if p.native:
         p.sources = sorted(str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*.cpp"))
-        p.cxx_flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+        p.cxx_flags = [
+            "-std=c++17",
+            "-O3",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wno-psabi",
+            "-Wno-unknown-pragmas",
+        ]
         p.cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if p.cuda:
         p.sources += sorted(str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*.cu"))
         p.cxx_flags += ["-DUSE_CUDA", "-DFASTSSL_WITH_CUDA"]
-        p.nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        p.nvcc_flags = [
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-DUSE_CUDA",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        ]
     return p
 
 

@@ -109,7 +109,6 @@ def select(call: Call, backend: str | None = None) -> str:
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> bool:
     """Warns the first time a message comes; a constant for torch.compile, which then warns while it traces."""
     import warnings
@@ -118,6 +117,15 @@ def _warn_once(message: str) -> bool:
         _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=4)
     return True
+
+
+# What torch.compiler.assume_constant_result does; calling it would import torch._dynamo, which takes a second.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forced_backend() -> str | None:
+    """The backend that FASTSSL_BACKEND or use_backend forces, or None."""
+    return _state["forced"]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ They are plain `if: raise`, because they are traced by torch.compile.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ def check_tensor(op: str, name: str, value: Any) -> None:
 
 def check_same_device(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.device != other.device:
-        raise ValueError(
-            f"{op}: {name} must be on the device of {other_name} ({other.device}), got {value.device}"
-        )
+        raise ValueError(f"{op}: {name} must be on the device of {other_name} ({other.device}), got {value.device}")
+
+
+def is_finite(value: float) -> bool:
+    """By comparison: torch.compile traces that for a symbolic number, math.isfinite it does not."""
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def check_number(op: str, name: str, value: Any, *, positive: bool = False) -> None:
@@ -38,7 +41,7 @@ def check_number(op: str, name: str, value: Any, *, positive: bool = False) -> N
     wanted = "a finite number greater than 0" if positive else "a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not is_finite(value) or (positive and value <= 0):
         raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
 
 

@@ -23,7 +23,7 @@ struct SelfRelation {
   bool normalize = false, symmetric = false;
   // Backward alone.
   Strided grad, grad_x, grad_y;
-  void* dots = nullptr;  // (batch, heads, rows): δ
+  void* offsets = nullptr;  // (batch, heads, rows, 2)
 };
 
 struct ForwardKernels {
@@ -32,7 +32,7 @@ struct ForwardKernels {
   int64_t strip_rows;
 };
 struct BackwardKernels {
-  void (*dots)(const SelfRelation&, int64_t begin, int64_t end);
+  void (*offsets)(const SelfRelation&, int64_t begin, int64_t end);
   void (*strips)(const SelfRelation&, bool of_columns, int64_t begin, int64_t end);
 };
 
@@ -138,12 +138,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& relation, 
   Tensor grad_x = wants_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_y = (wanted & 2) ? torch::stable::empty_like(columns) : torch::stable::new_empty(columns, {0});
   if (op.depth == 0 || op.batch == 0 || (op.rows == 0 && op.columns == 0)) return {grad_x, grad_y};
-  Tensor dots = torch::stable::new_empty(
-      x, {op.batch, op.heads, op.rows},
+  Tensor offsets = torch::stable::new_empty(
+      x, {op.batch, op.heads, op.rows, 2},
       in_double(op) ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
   op.relation = relation.data_ptr();
   op.relation_dtype = dtype_of(relation);
-  op.dots = dots.data_ptr();
+  op.offsets = offsets.data_ptr();
   op.grad = {grad.data_ptr(), dtype_of(grad), grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)};
   if (wants_x) op.grad_x = heads_of(grad_x, channel, num_heads);
   if (wants_y) op.grad_y = heads_of(grad_y, channel, num_heads);
@@ -154,14 +154,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& relation, 
   if (by_heads(op)) {
     torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h) {  // one head's relation and gradient stay in cache for all three
-        kernels.dots(op, h * op.rows, (h + 1) * op.rows);
+        kernels.offsets(op, h * op.rows, (h + 1) * op.rows);
         if (wants_x) kernels.strips(op, false, h * x_strips, (h + 1) * x_strips);
         if (wants_y) kernels.strips(op, true, h * y_strips, (h + 1) * y_strips);
       }
     });
   } else {
     torch::stable::parallel_for(0, heads * op.rows, 16,
-                                [&](int64_t begin, int64_t end) { kernels.dots(op, begin, end); });
+                                [&](int64_t begin, int64_t end) { kernels.offsets(op, begin, end); });
     if (wants_x) {
       torch::stable::parallel_for(0, heads * x_strips, 1,
                                   [&](int64_t begin, int64_t end) { kernels.strips(op, false, begin, end); });

@@ -52,7 +52,7 @@ struct Backward {
       gradient_strips<T, S, false, true>(op, begin, end);
     }
   }
-  static constexpr BackwardKernels kernels{row_dots<T, S>, strips};
+  static constexpr BackwardKernels kernels{row_offsets<T, S>, strips};
 };
 
 inline BackwardKernels backward_kernels(bool in_double, Dtype relation) {

@@ -1,11 +1,13 @@
 // self_relation's backward on the CPU, without any matrix of the relation's size. Included by
 // self_relation.h, once per instruction set.
 //
-// δ_i = Σ_j A_ij G_ij / Σ_j A_ij, dS_ij = A_ij (G_ij − δ_i), and
+// dS_ij = A_ij ((G_ij − g_i) − δ_i), δ_i = Σ_j A_ij (G_ij − g_i) / Σ_j A_ij, for any g_i, and
 //   symmetric  dX = scale · (dS + dSᵀ) X, one product;     else  dX = scale · dS Y,  dY = scale · dSᵀ X.
-// Strips of dS (+ dSᵀ) are made as panels of the product and thrown away. The sum of A is 1 but for its
-// rounding; dividing by it keeps the rows of dS at zero sum, which saves the gradient of saturated rows in
-// half precision.
+// Strips of dS (+ dSᵀ) are made as panels of the product and thrown away.
+//
+// Saturated rows, where one A_ij is almost 1, keep their gradient too: the sum of A is 1 but for its
+// rounding, and dividing by it keeps the rows of dS at zero sum; and with g_i = G_ij of that j, whose own
+// difference is then exactly zero, nothing cancels. Elsewhere g_i is 0.
 
 namespace fastssl::cpu::FASTSSL_ISA {
 
@@ -54,35 +56,71 @@ struct Pair {
   }
 };
 
-// δ of rows [begin, end) of all heads in a row.
+// The two numbers of each row, in op.offsets: g and δ.
+template <class T>
+struct Offset {
+  T g, delta;
+};
+
+// Above this share of a row, one element's G becomes the row's g: below it at most two digits cancel.
+constexpr double kSaturated = 0.98;
+
+// The G of the row's element A = `largest`.
 template <class T, class S>
-void row_dots(const SelfRelation& op, int64_t begin, int64_t end) {
+T gradient_at(const Pair<T, S>& pair, int64_t row, T largest) {
+  int64_t j = 0;
+  while (j + 1 < pair.columns && static_cast<T>(widen_one(pair.relation[row * pair.columns + j])) != largest)
+    ++j;
+  return static_cast<T>(widen_one(pair.grad[row * pair.grad_row + j * pair.grad_column]));
+}
+
+// g and δ of rows [begin, end) of all heads in a row.
+template <class T, class S>
+void row_offsets(const SelfRelation& op, int64_t begin, int64_t end) {
   constexpr int W = Simd<T>::kWidth;
-  T* dots = static_cast<T*>(op.dots);
+  Offset<T>* offsets = static_cast<Offset<T>*>(op.offsets);
+  const int64_t whole = op.columns / W * W, rest = op.columns - whole;
   for (int64_t item = begin; item < end; ++item) {
     const Pair<T, S> pair(op, item / op.rows);
-    const int64_t row = item % op.rows, whole = op.columns / W * W;
-    Vec<T> products{}, total{}, a, g;
+    const int64_t row = item % op.rows;
+    Vec<T> products{}, total{}, largest{}, a, g;
     for (int64_t j = 0; j < whole; j += W) {
       pair.template load<false>(row, j, W, a, g);
       products += a * g;
       total += a;
+      largest = max<T>(largest, a);
     }
-    if (whole < op.columns) {
-      pair.template load<false>(row, whole, op.columns - whole, a, g);
-      const int64_t rest = op.columns - whole;
+    if (rest > 0) {
+      pair.template load<false>(row, whole, rest, a, g);
       products += keep_lanes<T>(a * g, rest, T{0});
-      total += keep_lanes<T>(a, rest, T{0});
+      a = keep_lanes<T>(a, rest, T{0});
+      total += a;
+      largest = max<T>(largest, a);
     }
-    dots[item] = sum_lanes<T>(products) / sum_lanes<T>(total);
+    const T sum = sum_lanes<T>(total), most = max_lanes<T>(largest);
+    Offset<T>& offset = offsets[item];
+    offset.g = T{0};
+    if (most > T(kSaturated) * sum) {
+      offset.g = gradient_at(pair, row, most);
+      products = Vec<T>{};
+      for (int64_t j = 0; j < whole; j += W) {
+        pair.template load<false>(row, j, W, a, g);
+        products += a * (g - offset.g);
+      }
+      if (rest > 0) {
+        pair.template load<false>(row, whole, rest, a, g);
+        products += keep_lanes<T>(a * (g - offset.g), rest, T{0});
+      }
+    }
+    offset.delta = sum_lanes<T>(products) / sum;
   }
 }
 
 // One block of a panel: W elements of depth from k on, for LANES lanes from `lane` on. WHOLE: every vector of
 // the block may be read as it stands; else `lanes` and `deep` say how much of the block there is.
 template <class T, class S, bool BY_ROW, bool BY_COLUMN, int LANES, bool WHOLE>
-FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const T* dots, int64_t lane, int64_t lanes,
-                                   int64_t k, int64_t deep, T* panel) {
+FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t lane,
+                                   int64_t lanes, int64_t k, int64_t deep, T* panel) {
   constexpr int W = Simd<T>::kWidth, R = kTileRows;
   Vec<T> rows[W];
 #pragma GCC unroll 16
@@ -91,7 +129,7 @@ FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const T* dots, int64_
     if (BY_ROW && r < LANES && (WHOLE || r < lanes)) {
       Vec<T> a, gradient;
       pair.template load<WHOLE>(lane + r, k, deep, a, gradient);
-      rows[r] = a * (gradient - dots[lane + r]);
+      rows[r] = a * (gradient - offsets[lane + r].g - offsets[lane + r].delta);
     }
   }
   if (BY_ROW) transpose<T>(rows);
@@ -101,7 +139,7 @@ FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const T* dots, int64_
     if (BY_COLUMN && (WHOLE || lanes > 0)) {
       Vec<T> a, gradient;
       pair.template load<WHOLE>(k + c, lane, lanes, a, gradient);
-      rows[c] += a * (gradient - dots[k + c]);
+      rows[c] += a * (gradient - offsets[k + c].g - offsets[k + c].delta);
     }
     T* to = panel + c * R;
     if (LANES == W || R < W) {  // what is too much, the next store replaces
@@ -114,29 +152,30 @@ FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const T* dots, int64_
 
 // The lanes of one vector of a panel, from lane G on, and those of the vectors after it.
 template <class T, class S, bool BY_ROW, bool BY_COLUMN, int G = 0>
-FASTSSL_INLINE void gradient_blocks(const Pair<T, S>& pair, const T* dots, int64_t first, int64_t count,
-                                    int64_t k, int64_t deep, T* panel) {
+FASTSSL_INLINE void gradient_blocks(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t first,
+                                    int64_t count, int64_t k, int64_t deep, T* panel) {
   constexpr int W = Simd<T>::kWidth, R = kTileRows, LANES = std::min(W, R - G);
   const int64_t lanes = std::clamp<int64_t>(count - G, 0, LANES);
   const bool whole = lanes == LANES && deep == W && pair.alike &&
                      (!BY_COLUMN || (k + W - 1) * pair.columns + first + G + W <= pair.readable);
   if (whole) {
-    gradient_block<T, S, BY_ROW, BY_COLUMN, LANES, true>(pair, dots, first + G, lanes, k, deep, panel + G);
+    gradient_block<T, S, BY_ROW, BY_COLUMN, LANES, true>(pair, offsets, first + G, lanes, k, deep, panel + G);
   } else {
-    gradient_block<T, S, BY_ROW, BY_COLUMN, LANES, false>(pair, dots, first + G, lanes, k, deep, panel + G);
+    gradient_block<T, S, BY_ROW, BY_COLUMN, LANES, false>(pair, offsets, first + G, lanes, k, deep,
+                                                          panel + G);
   }
   if constexpr (G + W < R)
-    gradient_blocks<T, S, BY_ROW, BY_COLUMN, G + W>(pair, dots, first, count, k, deep, panel);
+    gradient_blocks<T, S, BY_ROW, BY_COLUMN, G + W>(pair, offsets, first, count, k, deep, panel);
 }
 
 // panel[k][lane] for lanes first … first + count: dS_lane,k where BY_ROW, plus dS_k,lane where BY_COLUMN.
 template <class T, class S, bool BY_ROW, bool BY_COLUMN>
-void gradient_panel(const Pair<T, S>& pair, const T* dots, int64_t first, int64_t count, int64_t depth,
-                    T* panel) {
+void gradient_panel(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t first, int64_t count,
+                    int64_t depth, T* panel) {
   constexpr int W = Simd<T>::kWidth, R = kTileRows;
   for (int64_t k = 0; k < depth; k += W) {
     const int64_t deep = std::min<int64_t>(W, depth - k);
-    gradient_blocks<T, S, BY_ROW, BY_COLUMN>(pair, dots, first, count, k, deep, panel + k * R);
+    gradient_blocks<T, S, BY_ROW, BY_COLUMN>(pair, offsets, first, count, k, deep, panel + k * R);
   }
 }
 
@@ -213,8 +252,8 @@ void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
       packed = h;
     }
     const Pair<T, S> pair(op, h);
-    gradient_panel<T, S, BY_ROW, BY_COLUMN>(pair, static_cast<const T*>(op.dots) + h * op.rows, i, count,
-                                            depth, panel);
+    gradient_panel<T, S, BY_ROW, BY_COLUMN>(pair, static_cast<const Offset<T>*>(op.offsets) + h * op.rows, i,
+                                            count, depth, panel);
     strip_product<T>(depth, panel, b, 0, k, strip, width);
     for (int64_t e = 0; e < count * width; ++e) strip[e] *= scale;
     if (op.normalize) {

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl import _checks, _library, kernels
+from fastssl import _checks, _library
 from fastssl._backends import FLOATING, Backend, Call, Op, always, register, select
+from fastssl.kernels import why_not as _triton_missing
 from fastssl.reference.self_relation import self_relation as _reference
 
 _OP = "self_relation"
@@ -91,9 +92,7 @@ class _Args(NamedTuple):
     needs_grad: bool
 
 
-def _check(
-    x: Any, kind: Any, num_heads: Any, scale: Any, temp: Any, columns: Any, normalize: Any
-) -> _Args:
+def _check(x: Any, kind: Any, num_heads: Any, scale: Any, temp: Any, columns: Any, normalize: Any) -> _Args:
     _checks.check_tensor(_OP, "x", x)
     _checks.check_choice(_OP, "kind", kind, _KINDS)
     _checks.check_count(_OP, "num_heads", num_heads)
@@ -116,8 +115,7 @@ def _check(
             )
         if kind == "channel" and cols.shape[1] != length:
             raise ValueError(
-                f"{_OP}: columns must have x's number of tokens (N = {length}) for kind='channel', "
-                f"got {cols.shape[1]}"
+                f"{_OP}: columns must have x's number of tokens (N = {length}) for kind='channel', got {cols.shape[1]}"
             )
         if kind == "pixel" and cols.shape[1] < 1:
             raise ValueError(f"{_OP}: columns must have at least one token, got {_checks.shape(columns)}")
@@ -126,12 +124,15 @@ def _check(
         scale = (width // num_heads) ** -0.5 if kind == "pixel" else 1.0 / max(length, 1)
     else:
         _checks.check_number(_OP, "scale", scale)
+    factor = scale / temp
+    if not _checks.is_finite(factor):
+        raise ValueError(f"{_OP}: scale / temp must be a finite number, got {scale} / {temp}")
     return _Args(
         rows,
         cols,
         int(kind == "channel"),
         num_heads,
-        scale / temp,
+        factor,
         int(normalize),
         needs_grad and torch.is_grad_enabled(),
     )
@@ -155,7 +156,7 @@ def _call(args: _Args) -> Call:
     depth = args.x.shape[2] // args.num_heads
     length = args.x.shape[1]
     others = length if args.columns is None else args.columns.shape[1]
-    dtypes = (("x", args.x.dtype),)
+    dtypes: tuple[tuple[str, torch.dtype], ...] = (("x", args.x.dtype),)
     if args.columns is not None:
         dtypes += (("columns", args.columns.dtype),)
     if args.channel:
@@ -166,7 +167,13 @@ def _call(args: _Args) -> Call:
 
 
 def _forward(
-    backend: str, x: Tensor, columns: Tensor | None, channel: int, num_heads: int, scale: float, normalize: int
+    backend: str,
+    x: Tensor,
+    columns: Tensor | None,
+    channel: int,
+    num_heads: int,
+    scale: float,
+    normalize: int,
 ) -> Tensor:
     ops = torch.ops.fastssl
     run = ops.self_relation_forward if backend == "cpp" else ops.self_relation_forward_triton
@@ -267,7 +274,8 @@ def _cpp_limits(call: Call) -> list[str]:
     reasons = []
     if call.needs_grad:
         reasons.append("its CUDA kernel has no backward")
-    shared = cuda_shared_bytes(call.sizes["columns"], call.sizes["depth"])
+    reasons += [f"its CUDA kernel takes no float64 {name}" for name, dtype in call.dtypes if dtype == torch.float64]
+    shared = cuda_shared_bytes(call.sizes["columns"], call.sizes["depth"], symmetric=len(call.dtypes) == 1)
     if shared > CUDA_SHARED_LIMIT:
         reasons.append(
             f"its CUDA kernel keeps the columns of one head in shared memory: {shared} bytes are more than "
@@ -280,9 +288,14 @@ def _cpp_limits(call: Call) -> list[str]:
 CUDA_SHARED_LIMIT = 163 * 1024
 
 
-def cuda_shared_bytes(columns: int, depth: int) -> int:
-    """Shared memory of csrc/cuda/self_relation.cuh for one (image, head): its columns in float32, rows padded by one."""
-    return 4 * columns * (depth + 1)
+def cuda_shared_bytes(columns: int, depth: int, symmetric: bool) -> int:
+    """Shared memory of csrc/cuda/self_relation.cuh for one (image, head), in bytes.
+
+    The vectors are float32 in quads, an odd number of quads apart: the columns (in whole tiles of 8 where they are
+    the rows too), else also 32 rows.
+    """
+    vectors = -(-columns // 8) * 8 if symmetric else columns + 32
+    return 16 * vectors * ((depth + 3) // 4 | 1)
 
 
 _HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -293,7 +306,7 @@ register(
         describe=_describe,
         backends=(
             Backend("cpp", ("cpu", "cuda"), FLOATING, _cpp_missing, _cpp_limits),
-            Backend("triton", ("cuda", "cpu"), _HALF, kernels.why_not),
+            Backend("triton", ("cuda", "cpu"), _HALF, _triton_missing),
             Backend("reference", (), FLOATING, always),
         ),
     )

@@ -23,7 +23,9 @@ def self_relation(
 
     Arguments as in `fastssl.self_relation`. Computes in float32, or float64 if an input is float64.
     """
-    work = torch.float64 if torch.float64 in (x.dtype, columns.dtype if columns is not None else None) else torch.float32
+    work = (
+        torch.float64 if torch.float64 in (x.dtype, columns.dtype if columns is not None else None) else torch.float32
+    )
     rows = heads(tokens(x).to(work), num_heads, kind)
     cols = rows if columns is None else heads(tokens(columns).to(work), num_heads, kind)
     if normalize:

@@ -1,0 +1,231 @@
+"""Measures self_relation beside its float64 reference, and beside what one would write in PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastssl
+from fastssl import _library
+from fastssl.reference.self_relation import self_relation as reference
+
+#: What counts as equal: the largest difference and the relative-norm error of values, and that of gradients.
+LIMIT, GRADIENT_LIMIT = 2e-6, 2e-5
+#: Measuring time of one row, both sides together, and the fewest rounds whatever they take.
+SECONDS, ROUNDS = 1.5, 3
+
+
+class Case(NamedTuple):
+    """One row: some inputs, the arguments of the call, and whether its gradient is wanted."""
+
+    data: str
+    what: str
+    inputs: list[Tensor]
+    arguments: dict[str, Any]  # kind, num_heads, scale, temp, normalize: all of them
+    backward: bool
+
+
+class Row(NamedTuple):
+    """What was measured; times are medians in milliseconds, memory is the peak in bytes."""
+
+    data: str
+    what: str
+    shapes: list[list[int]]
+    arguments: dict[str, Any]
+    backend: str
+    largest_difference: float
+    value_error: float
+    gradient_error: float | None
+    eager_value_error: float
+    eager_gradient_error: float | None
+    rounds: int
+    fused_ms: float
+    eager_ms: float
+    speedup: float
+    fused_peak_bytes: int
+    eager_peak_bytes: int
+
+    @property
+    def equal(self) -> bool:
+        near = self.largest_difference <= LIMIT and self.value_error <= LIMIT  # a NaN is not
+        return near and (self.gradient_error is None or self.gradient_error <= GRADIENT_LIMIT)
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}, {self.what}"
+
+
+def cases(features: Sequence[Tensor], pixel: dict[str, Any], channel: dict[str, Any]) -> list[Case]:
+    """The photographs' features and the shape of a ViT-S: B = 8, N = 196, C = 384, six heads."""
+    tokens = torch.randn(8, 196, 384, generator=torch.Generator().manual_seed(0))
+    photographs = f"{len(features)} photograph{'s' * (len(features) > 1)}"
+    rows = []
+    plain = {"num_heads": 6, "temp": 1.0, "normalize": False}
+    for data, inputs, for_pixel, for_channel in (
+        (photographs, list(features), pixel, channel),
+        ("ViT-S tokens", [tokens], {"scale": 64**-0.5, **plain}, {"scale": 1 / 196, **plain}),
+    ):
+        for_pixel, for_channel = {"kind": "pixel", **for_pixel}, {"kind": "channel", **for_channel}
+        rows.append(Case(data, "pixel forward", inputs, for_pixel, False))
+        rows.append(Case(data, "pixel forward+backward", inputs, for_pixel, True))
+        rows.append(Case(data, "channel forward", inputs, for_channel, False))
+    return rows
+
+
+def eager(x: Tensor, *, kind: str, num_heads: int, scale: float, temp: float, normalize: bool) -> Tensor:
+    """The relation as users write it."""
+    q = x.view(*x.shape[:2], num_heads, -1)
+    q = q.transpose(1, 2) if kind == "pixel" else q.permute(0, 2, 3, 1)
+    if normalize:
+        q = F.normalize(q, dim=-1)
+    relation: Tensor = (scale / temp * q @ q.mT).softmax(-1)
+    return relation
+
+
+def measure(case: Case, backend: str | None) -> Row:
+    """Checks first, then times with the two sides taking turns, then looks at memory."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [x.detach().clone().requires_grad_(case.backward) for x in case.inputs]
+    truths, upstream = [], []
+    for x in inputs:
+        wide = x.detach().double().requires_grad_(case.backward)
+        value = reference(wide, **case.arguments)
+        upstream.append(torch.randn(value.shape, generator=generator) if case.backward else None)
+        truths.append(_gradient(value, wide, upstream[-1]))
+
+    def fused(x: Tensor) -> Tensor:
+        return fastssl.self_relation(x, backend=backend, **case.arguments)
+
+    def plain(x: Tensor) -> Tensor:
+        return eager(x, **case.arguments)
+
+    def run(relation: Callable[[Tensor], Tensor]) -> None:
+        for x, up in zip(inputs, upstream, strict=True):
+            _step(relation, x, up)
+
+    chosen = fastssl.explain("self_relation", inputs[0], backend=backend, **case.arguments).chosen
+    errors = {side: _errors(side, inputs, upstream, truths) for side in (fused, plain)}
+    fused_ms, eager_ms, rounds = _times(lambda: run(fused), lambda: run(plain))
+    return Row(
+        data=case.data,
+        what=case.what,
+        shapes=[list(x.shape) for x in inputs],
+        arguments=case.arguments,
+        backend=str(chosen),
+        largest_difference=errors[fused][0],
+        value_error=errors[fused][1],
+        gradient_error=errors[fused][2],
+        eager_value_error=errors[plain][1],
+        eager_gradient_error=errors[plain][2],
+        rounds=rounds,
+        fused_ms=fused_ms,
+        eager_ms=eager_ms,
+        speedup=eager_ms / fused_ms,
+        fused_peak_bytes=peak_bytes(lambda: run(fused)),
+        eager_peak_bytes=peak_bytes(lambda: run(plain)),
+    )
+
+
+def _step(relation: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The relation and, where there is an upstream gradient, the gradient of x."""
+    return _gradient(relation(x), x, upstream)
+
+
+def _gradient(value: Tensor, x: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if upstream is None:
+        return value, None
+    return value.detach(), torch.autograd.grad(value, x, upstream.to(value.dtype))[0]
+
+
+def _errors(
+    relation: Callable[[Tensor], Tensor],
+    inputs: list[Tensor],
+    upstream: list[Tensor | None],
+    truths: list[tuple[Tensor, Tensor | None]],
+) -> tuple[float, float, float | None]:
+    """The worst over all inputs: largest difference, relative-norm error of value and of gradient."""
+    largest, of_value, of_gradient = [], [], []
+    for x, up, (true_value, true_gradient) in zip(inputs, upstream, truths, strict=True):
+        value, gradient = _step(relation, x, up)
+        largest.append((value.double() - true_value).abs().max())
+        of_value.append(_relative(value, true_value))
+        if gradient is not None and true_gradient is not None:
+            of_gradient.append(_relative(gradient, true_gradient))
+    # torch's max keeps a NaN, Python's may lose it
+    worst = [float(torch.stack(e).max()) if e else None for e in (largest, of_value, of_gradient)]
+    return worst[0] or 0.0, worst[1] or 0.0, worst[2]
+
+
+def _relative(value: Tensor, truth: Tensor) -> Tensor:
+    """‖value − truth‖ / ‖truth‖; where the truth is zero, the norm of the value."""
+    norm = truth.norm()
+    error: Tensor = (value.double() - truth).norm() / torch.where(norm > 0, norm, 1.0)
+    return error
+
+
+def _times(fused: Callable[[], None], plain: Callable[[], None]) -> tuple[float, float, int]:
+    """Medians in milliseconds; in every other round the other side goes first."""
+    taken: dict[Callable[[], None], list[float]] = {fused: [], plain: []}
+    end = perf_counter() + SECONDS
+    rounds = 0
+    while rounds < ROUNDS or perf_counter() < end:
+        for side in (fused, plain) if rounds % 2 else (plain, fused):
+            start = perf_counter()
+            side()
+            taken[side].append(1e3 * (perf_counter() - start))
+        rounds += 1
+    return median(taken[fused]), median(taken[plain]), rounds
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """The most that torch's allocator holds at once for `run`, over what it held before.
+
+    The running sum of the profiler's allocation events. Scratch memory that a kernel or the BLAS library
+    allocates for itself is not seen, on either side.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce its start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    held = peak = 0
+    for _, _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what the table was made."""
+    return {
+        "fastssl": fastssl.__version__,
+        "compiled_library": _library.facts if _library.loaded() else _library.why_not,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,42 @@
+"""What every test shares: seeds, poisoned memory, float32 that is float32, and a list of what was not run and why."""
+
+import os
+
+import torch
+
+# Without a GPU the Triton kernels run under Triton's interpreter, which is settled when fastssl is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+collect_ignore_glob = ["*.cpp", "*.h"]
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Fixed seed; TF32 off, so that a float32 reference is one."""
+    torch.manual_seed(20260717)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fresh tensors hold NaN, those made in C++ too, so that an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says at the end which proofs this machine could not run, and what is missing for them."""
+    reasons = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    if reasons:
+        terminalreporter.section("not run on this machine")
+        for reason, tests in sorted(reasons.items()):
+            terminalreporter.line(f"{len(tests):4d} tests: {reason}")
