@@ -86,14 +86,18 @@ def plan() -> Plan:
     else:
         try:
             import torch
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a torch whose own libraries do not load
             p.native_reason = p.cuda_reason = (
                 f"torch is not importable in the build environment ({error}); "
                 "install torch first and build with --no-build-isolation"
             )
         else:
-            p.native = True
-            decide_cuda(p, torch, wanted)
+            version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+            p.native = version >= (2, 10)
+            if p.native:
+                decide_cuda(p, torch, wanted)
+            else:
+                p.native_reason = p.cuda_reason = f"torch is {torch.__version__}, 2.10 or later is needed"
     if wanted == "1" and not p.cuda:
         raise SystemExit(f"FASTSSL_CUDA=1, but CUDA kernels cannot be built: {p.cuda_reason}")
     if p.native:
@@ -131,9 +135,13 @@ def decide_cuda(p: Plan, torch, wanted: str) -> None:
     elif p.cuda_version.split(".")[0] != torch.version.cuda.split(".")[0]:
         p.cuda_reason = f"nvcc is {p.cuda_version}, torch was built with CUDA {torch.version.cuda}"
     else:
+        p.architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or known_architectures(nvcc)
+        if not p.architectures:
+            p.cuda_reason = f"nvcc {p.cuda_version} knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}"
+            return
         p.cuda = True
+        os.environ["TORCH_CUDA_ARCH_LIST"] = p.architectures
         os.environ.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parent.parent))
-        p.architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known_architectures(nvcc))
 
 
 def write_if_changed(path: Path, text: str) -> None:

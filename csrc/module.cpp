@@ -21,6 +21,13 @@ py::list cpu_paths(bool (*holds)(Isa)) {
   return names;
 }
 
+py::dict cpu_features() {
+  py::dict result;
+  for (const fastssl::cpu::Feature* f = fastssl::cpu::features(); f->name != nullptr; ++f)
+    result[f->name] = f->here;
+  return result;
+}
+
 bool use_cpu_path(const std::string& name) {
   for (int i = 0; i < fastssl::cpu::kIsaCount; ++i) {
     if (name == fastssl::cpu::isa_name(static_cast<Isa>(i)))
@@ -61,4 +68,5 @@ PYBIND11_MODULE(_C, m) {
       "the CPU code path in use");
   m.def("use_cpu_path", &use_cpu_path, py::arg("name"),
         "chooses a CPU code path; False where it cannot run here");
+  m.def("cpu_features", &cpu_features, "the processor features that decide, and whether they are here");
 }

@@ -95,26 +95,33 @@ def select(call: Call, backend: str | None = None) -> str:
         if reasons:
             raise ValueError(f"{call.op}: backend {wanted!r} cannot take this call: {'; '.join(reasons)}")
         return wanted
+    name, refusals = _preferred(op, call)
+    if name is None:
+        because = "; ".join(refusals) or f"no fast backend for {call.device}"
+        message = f"{call.op}: no fast backend takes this call, the slower reference runs instead ({because})"
+        if STRICT:
+            raise RuntimeError(message + "; FASTSSL_STRICT=1 makes this an error")
+        _warn_once(f"{call.op} {call.device} {call.dtypes} {call.needs_grad}", message)
+    return name or "reference"
+
+
+def _preferred(op: Op, call: Call) -> tuple[str | None, list[str]]:
+    """The first backend of the preference that takes the call, or None and what each of them said."""
     refusals = []
     for choice in PREFERENCE[call.op].get(call.device, ()):
         reasons = reasons_against(op.backend(choice.backend), call)
         if not reasons:
-            return choice.backend
+            return choice.backend, []
         refusals.append(f"{choice.backend}: {', '.join(reasons)}")
-    because = "; ".join(refusals) or f"no fast backend for {call.device}"
-    message = f"{call.op}: no fast backend takes this call, the slower reference runs instead ({because})"
-    if STRICT:
-        raise RuntimeError(message + "; FASTSSL_STRICT=1 makes this an error")
-    _warn_once(message)
-    return "reference"
+    return None, refusals
 
 
-def _warn_once(message: str) -> bool:
-    """Warns the first time a message comes; a constant for torch.compile, which then warns while it traces."""
+def _warn_once(kind: str, message: str) -> bool:
+    """Warns the first time this kind of call comes; a constant for torch.compile, which then warns while it traces."""
     import warnings
 
-    if message not in _warned:
-        _warned.add(message)
+    if kind not in _warned:
+        _warned.add(kind)
         warnings.warn(message, UserWarning, stacklevel=4)
     return True
 
@@ -177,7 +184,7 @@ def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> E
     Raises:
         ValueError: `op` is not an op of this library, or the arguments are ones that the op itself refuses.
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(map(repr, sorted(OPS)))}, got {op!r}")
     call = OPS[op].describe(*args, **kwargs)
     reasons = {b.name: reasons_against(b, call) for b in OPS[op].backends}
@@ -186,8 +193,7 @@ def explain(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> E
         OPS[op].backend(wanted)
         chosen = None if reasons[wanted] else wanted
     else:
-        order = [c.backend for c in PREFERENCE[op].get(call.device, ())] + ["reference"]
-        chosen = next((name for name in order if not reasons[name]), None)
+        chosen = _preferred(OPS[op], call)[0] or (None if STRICT else "reference")
     return Explanation(op, call.device, chosen, reasons)
 
 

@@ -169,10 +169,38 @@ def test_logits_of_ten_thousand_stay_finite(cpu_path, dtype):
 
 
 @needs_library
-def test_nan_is_not_hidden():
+@pytest.mark.parametrize("logit", [1e6, 1e10, 1e12, 1e30])
+@pytest.mark.parametrize("tokens", ["one", "alike", "different"])
+def test_logits_of_any_finite_size(cpu_path, logit, tokens):
+    x = {"one": torch.ones(2, 1, 384), "alike": torch.ones(2, 8, 64), "different": torch.randn(2, 40, 16)}[tokens]
+    x = x * (logit / x.square().sum(-1).max()).sqrt()
+    out = fastssl.self_relation(x, scale=1.0, backend="cpp")
+    torch.testing.assert_close(out.sum(-1), torch.ones(out.shape[:-1]))
+    if tokens != "different":  # where logits differ, they differ by more than float32 resolves
+        torch.testing.assert_close(out, reference(x, scale=1.0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_not_hidden(backend, normalize, value):
+    if backend == "cpp" and not _library.loaded():
+        pytest.skip(_library.why_not)
     x = torch.randn(1, 20, 8)
-    x[0, 3, 2] = float("nan")
-    assert torch.isnan(fastssl.self_relation(x)[0, 0, 3]).all()
+    x[0, 3, 2] = value
+    assert torch.isnan(fastssl.self_relation(x, normalize=normalize, backend=backend)[0, 0, 3]).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("size", [1e-11, 1e15, 3e18])
+def test_normalize_does_not_overflow(backend, size):
+    if backend == "cpp" and not _library.loaded():
+        pytest.skip(_library.why_not)
+    x = (torch.randn(2, 20, 8) * size).requires_grad_()
+    (x64,) = doubles([x])
+    assert_close(
+        fastssl.self_relation(x, normalize=True, backend=backend), reference(x64, normalize=True), FORWARD[x.dtype]
+    )
 
 
 @needs_library
@@ -325,6 +353,31 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(fastssl.self_relation(x, backend="cpp").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@needs_library
+def test_forward_mode_is_refused_not_wrong():
+    x = torch.randn(1, 4, 4)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda v: fastssl.self_relation(v, backend="cpp"), (x,), (torch.ones_like(x),))
+    _, tangent = torch.func.jvp(lambda v: fastssl.self_relation(v, backend="reference"), (x,), (torch.ones_like(x),))
+    assert tangent.abs().sum() > 0
+
+
+@needs_library
+def test_raw_backward_refuses_what_would_read_elsewhere():
+    x = torch.randn(1, 5, 4)
+    common = (x, x, 0, 1, 0.5, 0, 1)
+    relation = torch.ops.fastssl.self_relation_forward(*common)
+    backward = torch.ops.fastssl.self_relation_backward
+    with pytest.raises(RuntimeError, match="in x's dtype"):
+        backward(relation.double(), relation.double(), *common, 1)
+    with pytest.raises(RuntimeError, match=r"must be \(B, H, R, M\)"):
+        backward(relation.reshape(1, 1, 1, 25), relation, *common, 1)
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        backward(relation, relation, *common, 3)
+    with pytest.raises(RuntimeError, match="must have x's tokens"):
+        torch.ops.fastssl.self_relation_forward(x, x[:, :3], 0, 1, 0.5, 0, 1)
 
 
 @needs_library

@@ -12,6 +12,12 @@ const char* isa_name(Isa isa);
 bool isa_is_built(Isa isa);
 // Whether this processor runs it.
 bool isa_is_supported(Isa isa);
+// The processor features that decide, and whether they are here. The list ends with a null name.
+struct Feature {
+  const char* name;
+  bool here;
+};
+const Feature* features();
 // The path in use: the widest that is built and supported, unless set_isa chose another.
 Isa current_isa();
 // Chooses a path; false where it is not built or not supported, and nothing changes.

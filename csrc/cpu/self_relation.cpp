@@ -77,7 +77,8 @@ SelfRelation describe(const Tensor& x, const Tensor& columns, int64_t channel, i
                   "self_relation: num_heads must divide the channels");
   STD_TORCH_CHECK(columns.size(0) == x.size(0) && columns.size(2) == x.size(2),
                   "self_relation: columns must have x's batch and channels");
-  STD_TORCH_CHECK(!channel || columns.size(1) == x.size(1), "self_relation: columns must have x's tokens");
+  STD_TORCH_CHECK((!channel && !symmetric) || columns.size(1) == x.size(1),
+                  "self_relation: columns must have x's tokens");
   SelfRelation op;
   op.x = heads_of(x, channel, num_heads);
   op.y = symmetric ? op.x : heads_of(columns, channel, num_heads);
@@ -129,14 +130,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& relation, 
                                     const Tensor& columns, int64_t channel, int64_t num_heads, double scale,
                                     int64_t normalize, int64_t symmetric, int64_t wanted) {
   SelfRelation op = describe(x, columns, channel, num_heads, scale, normalize, symmetric);
-  STD_TORCH_CHECK(relation.is_contiguous() && relation.numel() == op.batch * op.heads * op.rows * op.columns,
-                  "self_relation: relation must be the contiguous result of the forward");
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.numel() == relation.numel(),
-                  "self_relation: grad must be like relation");
-  STD_TORCH_CHECK(dtype_of(grad) == dtype_of(relation), "self_relation: grad must have relation's dtype");
-  const bool wants_x = wanted & 1, wants_y = (wanted & 2) && !op.symmetric;
+  STD_TORCH_CHECK(relation.is_contiguous(), "self_relation: relation must be contiguous");
+  for (const Tensor& t : {grad, relation}) {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == op.batch && t.size(1) == op.heads && t.size(2) == op.rows &&
+                        t.size(3) == op.columns && dtype_of(t) == op.x.dtype,
+                    "self_relation: grad and relation must be (B, H, R, M) in x's dtype");
+  }
+  STD_TORCH_CHECK(!(op.symmetric && (wanted & 2)), "self_relation: without columns they have no gradient");
+  const bool wants_x = wanted & 1, wants_y = wanted & 2;
   Tensor grad_x = wants_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_y = (wanted & 2) ? torch::stable::empty_like(columns) : torch::stable::new_empty(columns, {0});
+  Tensor grad_y = wants_y ? torch::stable::empty_like(columns) : torch::stable::new_empty(columns, {0});
   if (op.depth == 0 || op.batch == 0 || (op.rows == 0 && op.columns == 0)) return {grad_x, grad_y};
   Tensor offsets = torch::stable::new_empty(
       x, {op.batch, op.heads, op.rows, 2},

@@ -23,7 +23,9 @@ T shared_shift(const T* panels, int64_t vectors, int64_t depth, T factor) {
       highest = std::max(highest, squares[l]);
     }
   }
-  const bool safe = factor > 0 && factor * (highest - lowest) <= T(16);  // false for NaN and infinity
+  // Both conditions are false for NaN. Large logits, whose rounding alone could empty a row, have their own
+  // maxima.
+  const bool safe = factor > 0 && factor * highest <= T(4096) && factor * (highest - lowest) <= T(16);
   return safe ? factor * highest : std::numeric_limits<T>::quiet_NaN();
 }
 
@@ -33,13 +35,17 @@ T shared_shift(const T* panels, int64_t vectors, int64_t depth, T factor) {
 template <class T>
 FASTSSL_INLINE void powers_of_row(const T* s, T* powers, int64_t from, int64_t n, T factor, T shift) {
   constexpr int W = Simd<T>::kWidth;
-  if (shift != shift) {
-    const int64_t whole = (n - 1) / W * W;
-    Vec<T> best = keep_lanes<T>(load<T>(s + whole) * factor, n - whole, -std::numeric_limits<T>::infinity());
-    for (int64_t j = from; j < whole; j += W) best = max<T>(best, load<T>(s + j) * factor);
-    shift = max_lanes<T>(best);
+  if (shift == shift) {
+    for (int64_t j = from; j < n; j += W) store<T>(powers + j, exp2(load<T>(s + j) * factor - shift));
+    return;
   }
-  for (int64_t j = from; j < n; j += W) store<T>(powers + j, exp2(load<T>(s + j) * factor - shift));
+  // The difference first: at the maximum it is exactly zero, however large the logits are.
+  const int64_t whole = (n - 1) / W * W;
+  const T sign = factor < 0 ? T(-1) : T(1), size = std::abs(factor);
+  Vec<T> best = keep_lanes<T>(load<T>(s + whole) * sign, n - whole, -std::numeric_limits<T>::infinity());
+  for (int64_t j = from; j < whole; j += W) best = max<T>(best, load<T>(s + j) * sign);
+  const T largest = max_lanes<T>(best);
+  for (int64_t j = from; j < n; j += W) store<T>(powers + j, exp2((load<T>(s + j) * sign - largest) * size));
 }
 
 // out = powers / Σ powers for one row of n.

@@ -44,6 +44,7 @@ def native() -> list[str]:
             lines += [f"    {line}" for line in "".join(traceback.format_exception(_library.error)).splitlines()]
         return lines
     facts = _library.facts
+    features = ", ".join(name if here else f"no {name}" for name, here in _library.module.cpu_features().items())
     cuda = f"CUDA {facts['cuda_version']} for {facts['cuda_architectures']}" if facts["cuda_version"] else None
     return [
         "",
@@ -54,6 +55,7 @@ def native() -> list[str]:
         f"    CPU code paths   {', '.join(facts['cpu_paths'])}",
         f"    runs here        {', '.join(_library.module.supported_cpu_paths())}",
         f"    in use           {_library.module.cpu_path()}",
+        f"    CPU features     {features}",
     ]
 
 

@@ -40,7 +40,8 @@ def self_relation(
     kernel; the matrix is written once, and without `columns` only half of the Gram matrix is computed.
 
     Args:
-        x: tokens (B, N, C) or a feature map (B, C, h, w), which is read as (B, h·w, C) without a copy; float32,
+        x: tokens (B, N, C) or a feature map (B, C, h, w), read as (B, h·w, C), a view where its strides
+            allow; float32,
             float64, bfloat16 or float16, any strides. Arithmetic is float32 (float64 for float64).
         kind: "pixel" relates tokens, "channel" relates the channels of each head.
         num_heads: H, a divisor of C; d = C/H.
@@ -59,7 +60,8 @@ def self_relation(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, value or device, or a forced backend that cannot take the call.
 
-    Bitwise repeatable, for any number of threads. First derivatives only.
+    Bitwise repeatable, for any number of threads. First derivatives in reverse mode only: no second derivatives, no
+    forward mode and no vmap with gradients, for which there is ``backend="reference"``.
 
     Source: SERE (arXiv 2206.05184), the self-relations of eq. 2 (pixel) and eq. 4 (channel).
     """
@@ -74,7 +76,8 @@ def self_relation(
             columns=args.columns,
             normalize=normalize,
         )
-    if args.needs_grad:
+    # Forward-mode derivatives would be lost in a raw operator; the Function refuses them.
+    if args.needs_grad or torch.autograd.forward_ad._current_level >= 0:
         result: Tensor = _SelfRelation.apply(*args[:6], chosen)
         return result
     return _forward(chosen, *args[:6])

@@ -50,7 +50,15 @@ def heads(x: Tensor, num_heads: int, kind: str) -> Tensor:
 
 
 def normalize_rows(x: Tensor) -> Tensor:
-    """Each vector of the last axis over its length; a zero vector stays zero and gets no gradient."""
+    """Each vector of the last axis over its length; a zero vector stays zero and gets no gradient, NaN stays NaN.
+
+    Divided by its largest element first, or squares of large vectors would overflow; the result does not depend on
+    that divisor, so that it counts as a constant.
+    """
+    if x.numel() == 0:
+        return x
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)
     squared = x.square().sum(-1, keepdim=True)
-    alive = squared > NORM_EPS**2
-    return torch.where(alive, x * torch.where(alive, squared, 1.0).rsqrt(), 0.0)
+    nothing = squared.detach().sqrt() * largest <= NORM_EPS
+    return torch.where(nothing, 0.0, x * torch.where(nothing, 1.0, squared).rsqrt())
