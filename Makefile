@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Without a Triton that pip can install (or to try that): make test EXTRAS=demo,test,bench
-EXTRAS ?= triton,demo,test,bench
+EXTRAS ?= triton,demo,test,bench,dev
 ARGS ?=
 
 BIN = $(VENV)/bin
@@ -34,13 +34,13 @@ bench: $(VENV)/.built
 gpu:
 	$(PYTHON) benches/gpu.py $(ARGS)
 
-check: $(VENV)/.checkers
+check: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) tests/*.cpp tests/*.h
 
-format: $(VENV)/.checkers
+format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) tests/*.cpp tests/*.h
@@ -55,10 +55,6 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -c constraints.txt \
 	    -e '.[$(EXTRAS)]' > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	touch $@
-
-$(VENV)/.checkers: $(VENV)/.built
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' --no-build-isolation
 	touch $@
 
 clean:

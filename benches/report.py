@@ -1,4 +1,3 @@
-
 """Rows to files and screen: one JSON and one Markdown table per device, merged row by row."""
 
 from __future__ import annotations
