@@ -143,8 +143,8 @@ def relation_product(
 #: BLOCK_DEPTH → (BLOCK_OUTER, BLOCK_INNER, warps, stages) of relation_product for 16-bit smooth, 16-bit, exact smooth
 #: and exact: the columns of self_relation.ROWS, and found like it.
 PRODUCT = {
-    64: ((64, 32, 4, 2), (64, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 1)),
-    128: ((64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
+    64: ((64, 32, 4, 2), (64, 16, 8, 2), (32, 16, 8, 1), (32, 16, 8, 1)),
+    128: ((64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
     256: ((64, 32, 8, 2), (64, 16, 8, 2), None, None),
 }
 
