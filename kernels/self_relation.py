@@ -141,7 +141,7 @@ def relation_stream(
             logits = _scaled(logits, scale_log2, first, M, BLOCK_COLUMNS)
             if writes == 0:
                 higher = tl.maximum(top, tl.max(logits, 1))
-                total = total + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+                total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
                 top = higher
             else:
                 value = tl.exp2(logits - top[:, None]) * (1.0 / total)[:, None]
