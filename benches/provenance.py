@@ -30,8 +30,15 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def slug(device: str) -> str:
-    """The name of this device's results file: `amd-epyc-2-threads`, `nvidia-h100-80gb-hbm3`."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()['model']} {torch.get_num_threads()} threads"
+    """The name of this device's results file: `amd-epyc-family-25-2-threads`, `nvidia-h100-80gb-hbm3`.
+
+    Virtual machines often hide all of the processor's name but its maker; families differ twofold in peak rates.
+    """
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        family = f" family {_cpu()['family']}" if _cpu()["family"] else ""
+        name = f"{_cpu()['model']}{family} {torch.get_num_threads()} threads"
     name = re.sub(r"\((r|tm)\)", "", name.lower())  # Intel(R) Xeon(R)
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
@@ -95,19 +102,22 @@ def _git(*arguments: str) -> str | None:
 
 @cache
 def _cpu() -> dict[str, Any]:
-    model, flags, mhz = platform.processor() or platform.machine(), set(), []
+    model, family, flags, mhz = platform.processor() or platform.machine(), "", set(), []
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
             key, _, value = (part.strip() for part in line.partition(":"))
             if key == "model name":
                 model = value
+            elif key == "cpu family":
+                family = value
             elif key in ("flags", "Features"):
                 flags = set(value.split())
             elif key == "cpu MHz":
                 mhz.append(round(float(value)))
     return {
         "model": model,
+        "family": family,
         "cpus": os.cpu_count(),
         "flags": [f for f in _FLAGS if f in flags],
         "mhz": max(mhz, default=None),

@@ -20,8 +20,15 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
-    """A new row takes the place of the old one with its (op, shape, dtype, mode); every other row stays."""
-    rows = {key(r): r for r in old} | {key(r): r for r in new}
+    """A new row takes the place of the old one with its (op, shape, dtype, mode); every other row stays.
+
+    One that is no evidence does not take the place of one that is.
+    """
+    rows = {key(r): r for r in old}
+    for row in new:
+        before = rows.get(key(row))
+        if before is None or is_evidence(row) or not is_evidence(before):
+            rows[key(row)] = row
     return sorted(rows.values(), key=lambda r: (*key(r)[:3], MODES.index(r["mode"])))
 
 
@@ -82,6 +89,11 @@ def _line(row: Row, name: str) -> tuple[str, ...]:
         f"{100 * row['share_of_floor'][name]:.0f}",
         row["floor"]["bound"],
     )
+
+
+def is_evidence(row: Row) -> bool:
+    """Measured while nothing else ran, with compiled code that is that of its sources."""
+    return not any(_marks(row, row["sides"][name]["backend"]) for name in row["ratios"])
 
 
 def _marks(row: Row, backend: str) -> list[str]:
@@ -163,6 +175,6 @@ NOTES = (
     "These were measured past the caches: more than 100 % means that data stayed in one. On a GPU, ms is "
     "device time with a cold L2; wall and host are the eager call's.",
     f"A row marked {BUSY} was measured while other processes held the CPUs, one marked {STALE} with compiled "
-    "code older than its sources; neither is evidence. Written by the benches; the JSON beside this file has "
+    "code older than its sources; neither is evidence, nor takes the place of a row that is. Written by the benches; the JSON beside this file has "
     "every row's quantiles and provenance.",
 )

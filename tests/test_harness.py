@@ -326,6 +326,15 @@ def test_a_row_of_a_busy_machine_is_marked():
     assert report.BUSY not in report.text([row()])
 
 
+def test_a_busy_row_replaces_no_quiet_one(tmp_path):
+    busy, quiet = row(ms=7.0), row(ms=1.0)
+    busy["waited"] = 0.4
+    for rows, kept in (([busy], 7.0), ([quiet], 1.0), ([busy], 1.0), ([row(ms=2.0)], 2.0)):
+        report.write(tmp_path, "box", rows)
+        (found,) = json.loads((tmp_path / "box.json").read_text())["rows"]
+        assert found["sides"]["ours"]["median_ms"] == kept
+
+
 def test_a_row_of_a_stale_library_is_marked():
     stale = copy.deepcopy(row())
     stale["provenance"]["build"] = {"stale": True}
