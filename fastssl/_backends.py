@@ -13,6 +13,8 @@ import torch
 from fastssl._preference import PREFERENCE
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: What Triton kernels take: float64 would need other tiles.
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Call(NamedTuple):

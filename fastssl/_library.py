@@ -67,6 +67,11 @@ why_not: str | None = _why_not()
 why_no_cuda: str | None = _why_no_cuda()
 
 
+def why_not_on(device: str) -> str | None:
+    """`unavailable` of a backend that is in the compiled library for CPUs, and with CUDA kernels for GPUs."""
+    return why_not if device == "cpu" else why_no_cuda
+
+
 def _choose_cpu_path() -> None:
     """FASTSSL_CPU_PATH=portable|avx2|avx512 replaces the widest path that the processor runs."""
     wanted = os.environ.get("FASTSSL_CPU_PATH")

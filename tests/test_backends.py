@@ -48,7 +48,7 @@ MUST_REFUSE = [
     ("cpp", dict(device="mps"), "takes tensors on cpu or cuda, got mps"),
     ("cpp", dict(device="cuda", grad=True), "its CUDA kernel has no backward"),
     ("cpp", dict(device="cuda", dtype=torch.float64), "takes no float64 x"),
-    ("cpp", dict(device="cuda", columns=5000), "bytes are more than 166912"),
+    ("cpp", dict(device="cuda", columns=5000), "bytes are more than 101376"),
     ("cpp", dict(built=False), "not built here"),
     ("triton", dict(device="cuda", dtype=torch.float64), "takes x of dtype float32, bfloat16, float16, got float64"),
     ("triton", dict(device="mps"), "takes tensors on cuda or cpu, got mps"),

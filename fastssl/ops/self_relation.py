@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl import _checks, _library
-from fastssl._backends import FLOATING, Backend, Call, Op, always, register, select
+from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
 from fastssl.reference.self_relation import self_relation as _reference
 
@@ -267,10 +267,6 @@ _library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, _fake_for
 _library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
 
 
-def _cpp_missing(device: str) -> str | None:
-    return _library.why_not if device == "cpu" else _library.why_no_cuda
-
-
 def _cpp_limits(call: Call) -> list[str]:
     if call.device != "cuda":
         return []
@@ -287,8 +283,8 @@ def _cpp_limits(call: Call) -> list[str]:
     return reasons
 
 
-#: Shared memory that every supported chip (sm_80, sm_90, sm_100) gives to one block, in bytes.
-CUDA_SHARED_LIMIT = 163 * 1024
+#: Shared memory that every chip from sm_80 on gives to one block, in bytes: sm_86, sm_89 and sm_120 have no more.
+CUDA_SHARED_LIMIT = 99 * 1024
 
 
 def cuda_shared_bytes(columns: int, depth: int, symmetric: bool) -> int:
@@ -301,15 +297,13 @@ def cuda_shared_bytes(columns: int, depth: int, symmetric: bool) -> int:
     return 16 * vectors * ((depth + 3) // 4 | 1)
 
 
-_HALF = (torch.float32, torch.bfloat16, torch.float16)
-
 register(
     Op(
         name=_OP,
         describe=_describe,
         backends=(
-            Backend("cpp", ("cpu", "cuda"), FLOATING, _cpp_missing, _cpp_limits),
-            Backend("triton", ("cuda", "cpu"), _HALF, _triton_missing),
+            Backend("cpp", ("cpu", "cuda"), FLOATING, _library.why_not_on, _cpp_limits),
+            Backend("triton", ("cuda", "cpu"), HALF_AND_SINGLE, _triton_missing),
             Backend("reference", (), FLOATING, always),
         ),
     )
