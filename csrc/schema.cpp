@@ -11,4 +11,12 @@ STABLE_TORCH_LIBRARY(fastssl, m) {
       "self_relation_backward(Tensor grad, Tensor relation, Tensor x, Tensor columns, int channel, int "
       "num_heads, "
       "float scale, int normalize, int symmetric, int wanted) -> (Tensor, Tensor)");
+  m.def(
+      "self_relation_loss_forward(Tensor student, Tensor teacher, Tensor student_columns, Tensor "
+      "teacher_columns, int channel, int num_heads, float student_scale, float teacher_scale, int normalize, "
+      "int symmetric, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "self_relation_loss_backward(Tensor weights, Tensor stats, Tensor student, Tensor teacher, Tensor "
+      "student_columns, Tensor teacher_columns, int channel, int num_heads, float student_scale, float "
+      "teacher_scale, int normalize, int symmetric, int wanted) -> (Tensor, Tensor)");
 }

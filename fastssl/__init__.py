@@ -2,7 +2,8 @@
 
 from fastssl._backends import Explanation, explain, use_backend
 from fastssl.ops.self_relation import self_relation
+from fastssl.ops.self_relation_loss import self_relation_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "__version__", "explain", "self_relation", "use_backend"]
+__all__ = ["Explanation", "__version__", "explain", "self_relation", "self_relation_loss", "use_backend"]

@@ -20,4 +20,8 @@ PREFERENCE: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("cpp", "unverified: no GPU has run it yet; forward only"),
         ),
     },
+    "self_relation_loss": {
+        "cpu": (Choice("cpp", "benches/results"),),
+        "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
+    },
 }

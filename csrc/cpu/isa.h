@@ -24,3 +24,11 @@ Isa current_isa();
 bool set_isa(Isa isa);
 
 }  // namespace fastssl::cpu
+
+// A call into the kernels of the path in use, for files that include cpu/foreach_isa.h.
+#if defined(__x86_64__)
+#define FASTSSL_FOR_ISA(call) \
+  (current_isa() == Isa::kAvx512 ? avx512::call : current_isa() == Isa::kAvx2 ? avx2::call : portable::call)
+#else
+#define FASTSSL_FOR_ISA(call) (portable::call)
+#endif

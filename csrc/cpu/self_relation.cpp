@@ -51,25 +51,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-#if defined(__x86_64__)
-#define FASTSSL_FOR_ISA(call) \
-  (current_isa() == Isa::kAvx512 ? avx512::call : current_isa() == Isa::kAvx2 ? avx2::call : portable::call)
-#else
-#define FASTSSL_FOR_ISA(call) (portable::call)
-#endif
-
-// (B, N, C) as heads of rows: tokens are the rows of "pixel", the head's channels those of "channel".
-Strided heads_of(const Tensor& x, bool channel, int64_t num_heads) {
-  const int64_t depth = x.size(2) / num_heads;
-  const int64_t token = x.stride(1), column = x.stride(2);
-  return {x.data_ptr(),
-          dtype_of(x),
-          x.stride(0),
-          depth * column,
-          channel ? column : token,
-          channel ? token : column};
-}
-
 SelfRelation describe(const Tensor& x, const Tensor& columns, int64_t channel, int64_t num_heads,
                       double scale, int64_t normalize, int64_t symmetric) {
   STD_TORCH_CHECK(x.dim() == 3 && columns.dim() == 3, "self_relation: x and columns must be (B, N, C)");

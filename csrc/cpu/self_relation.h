@@ -1,41 +1,7 @@
-// self_relation on the CPU: what forward and backward share, and the table of kernels that self_relation.cpp
-// calls. Included once per instruction set by foreach_isa.h.
+// self_relation on the CPU: the table of kernels that self_relation.cpp calls. Included once per instruction
+// set by foreach_isa.h.
 
-namespace fastssl::cpu::FASTSSL_ISA {
-
-// Divides every lane of packed panels by its length; a vector of length at most kNoLength becomes zero.
-constexpr double kNoLength = 1e-12;
-
-template <class T, int LANES>
-void inverse_lengths(const T* panel, int64_t depth, T* inverse) {
-  double squares[LANES] = {};  // one long float chain of alike terms would round the same way every time
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int l = 0; l < LANES; ++l) {
-      const double element = panel[k * LANES + l];
-      squares[l] += element * element;
-    }
-  }
-  for (int l = 0; l < LANES; ++l)
-    inverse[l] = squares[l] > kNoLength * kNoLength ? static_cast<T>(1 / std::sqrt(squares[l])) : T(0);
-}
-template <class T, int LANES>
-void normalize_panels(T* panels, int64_t vectors, int64_t depth) {
-  for (int64_t first = 0; first < vectors; first += LANES, panels += depth * LANES) {
-    T inverse[LANES];
-    inverse_lengths<T, LANES>(panels, depth, inverse);
-    for (int64_t k = 0; k < depth; ++k)
-      for (int l = 0; l < LANES; ++l) panels[k * LANES + l] *= inverse[l];
-  }
-}
-// Packs the rows of one head as lanes, divided by their lengths where asked.
-template <class T, int LANES>
-void pack_rows(T* out, const void* in, const Strided& m, int64_t rows, int64_t depth, bool normalize) {
-  pack<T, LANES>(out, in, m.dtype, m.row_stride, m.column_stride, rows, depth);
-  if (normalize) normalize_panels<T, LANES>(out, rows, depth);
-}
-
-}  // namespace fastssl::cpu::FASTSSL_ISA
-
+#include "cpu/lengths.h"
 #include "cpu/self_relation_forward.h"
 #include "cpu/self_relation_backward.h"
 

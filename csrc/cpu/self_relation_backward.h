@@ -179,38 +179,6 @@ void gradient_panel(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t fi
   }
 }
 
-// Through the division by the length: dx = (ĝ − x̂ (x̂ · ĝ)) / |x|, one row at a time.
-template <class T, class S>
-void through_length(const S* x, int64_t stride, int64_t depth, T inverse, T* grad) {
-  double sum = 0;
-  for (int64_t k = 0; k < depth; ++k) sum += double{grad[k]} * widen_one(x[k * stride]);
-  const T dot = static_cast<T>(sum * inverse);
-  for (int64_t k = 0; k < depth; ++k)
-    grad[k] = inverse * (grad[k] - static_cast<T>(widen_one(x[k * stride])) * inverse * dot);
-}
-template <class T>
-void through_lengths(const void* x, const Strided& m, int64_t rows, int64_t depth, const T* inverse, T* strip,
-                     int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r, strip += stride) {
-    const int64_t offset = r * m.row_stride, step = m.column_stride;
-    switch (m.dtype) {
-      case Dtype::kFloat:
-        through_length<T>(static_cast<const float*>(x) + offset, step, depth, inverse[r], strip);
-        break;
-      case Dtype::kDouble:
-        if constexpr (sizeof(T) == 8)
-          through_length<T>(static_cast<const double*>(x) + offset, step, depth, inverse[r], strip);
-        break;
-      case Dtype::kBFloat16:
-        through_length<T>(static_cast<const BFloat16Bits*>(x) + offset, step, depth, inverse[r], strip);
-        break;
-      case Dtype::kHalf:
-        through_length<T>(static_cast<const HalfBits*>(x) + offset, step, depth, inverse[r], strip);
-        break;
-    }
-  }
-}
-
 // Strips [begin, end) of all heads in a row, of the gradient of x (BY_ROW) or of the columns.
 template <class T, class S, bool BY_ROW, bool BY_COLUMN>
 void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
@@ -221,34 +189,22 @@ void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
   const int64_t rows = BY_ROW ? op.rows : op.columns, depth = BY_COLUMN ? op.rows : op.columns;
   const int64_t k = op.depth, width = round_up(k, C), strips = ceil_div(rows, R);
   const int64_t lengths = op.normalize ? round_up(depth, C) : 0;
+  const int64_t vectors_size = op.normalize ? k * std::max(C, R) + W : 0;
   Scratch scratch(Scratch::bytes_of<T>(R * depth + W) + Scratch::bytes_of<T>(depth * width) +
                   Scratch::bytes_of<T>(R * width) + Scratch::bytes_of<T>(lengths) +
-                  Scratch::bytes_of<T>(op.normalize ? k * C + W : 0));
+                  Scratch::bytes_of<T>(vectors_size));
   T* panel = scratch.take<T>(R * depth + W);
   T* b = scratch.take<T>(depth * width);
   T* strip = scratch.take<T>(R * width);
   T* inverse = scratch.take<T>(lengths);
-  T* vectors = scratch.take<T>(op.normalize ? k * C + W : 0);
+  T* vectors = scratch.take<T>(vectors_size);
   const T scale = static_cast<T>(op.scale);
   int64_t packed = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t h = item / strips, i = item % strips * R, count = std::min<int64_t>(R, rows - i);
     const int64_t batch = h / op.heads, head = h % op.heads;
     if (h != packed) {
-      // Lanes are the depth of the relation here: the product runs over tokens (or channels).
-      pack<T, C>(b, element(other, batch, head), other.dtype, other.column_stride, other.row_stride, k,
-                 depth);
-      if (op.normalize) {
-        for (int64_t j = 0; j < depth; j += C) {
-          const int64_t some = std::min<int64_t>(C, depth - j);
-          pack<T, C>(vectors, element(other, batch, head, j), other.dtype, other.row_stride,
-                     other.column_stride, some, k);
-          inverse_lengths<T, C>(vectors, k, inverse + j);
-        }
-        for (int64_t p = 0; p < width; p += C)
-          for (int64_t j = 0; j < depth; ++j)
-            for (int l = 0; l < C; ++l) b[p * depth + j * C + l] *= inverse[j];
-      }
+      pack_depth<T, C>(b, element(other, batch, head), other, depth, k, op.normalize, inverse, vectors);
       packed = h;
     }
     const Pair<T, S> pair(op, h);
@@ -256,13 +212,8 @@ void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
                                             count, depth, panel);
     strip_product<T>(depth, panel, b, 0, k, strip, width);
     for (int64_t e = 0; e < count * width; ++e) strip[e] *= scale;
-    if (op.normalize) {
-      T own[R];
-      const void* x = element(target, batch, head, i);
-      pack<T, R>(vectors, x, target.dtype, target.row_stride, target.column_stride, count, k);
-      inverse_lengths<T, R>(vectors, k, own);
-      through_lengths<T>(x, target, count, k, own, strip, width);
-    }
+    if (op.normalize)
+      gradient_through_lengths<T>(element(target, batch, head, i), target, count, k, vectors, strip, width);
     store_strip<T>(strip, width, count, k, out, batch, head, i);
   }
 }

@@ -65,6 +65,14 @@ FASTSSL_INLINE Vec<T> keep_lanes(Vec<T> v, int64_t count, T rest) {
   for (int l = 0; l < Simd<T>::kWidth; ++l) lane[l] = l;
   return lane < I{} + static_cast<decltype(lane[0] + 0)>(count) ? v : broadcast<T>(rest);
 }
+// v with its first `count` lanes zero.
+template <class T>
+FASTSSL_INLINE Vec<T> drop_lanes(Vec<T> v, int64_t count) {
+  using I = typename Simd<T>::I;
+  I lane;
+  for (int l = 0; l < Simd<T>::kWidth; ++l) lane[l] = l;
+  return lane < I{} + static_cast<decltype(lane[0] + 0)>(count) ? Vec<T>{} : v;
+}
 
 // ---- element types -> T
 // ----------------------------------------------------------------------------------------

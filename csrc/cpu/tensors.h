@@ -25,4 +25,16 @@ inline Dtype dtype_of(const torch::stable::Tensor& t) {
   }
 }
 
+// (B, N, C) as heads of rows: tokens are the rows of "pixel", the head's channels those of "channel".
+inline Strided heads_of(const torch::stable::Tensor& x, bool channel, int64_t num_heads) {
+  const int64_t depth = x.size(2) / num_heads;
+  const int64_t token = x.stride(1), column = x.stride(2);
+  return {x.data_ptr(),
+          dtype_of(x),
+          x.stride(0),
+          depth * column,
+          channel ? column : token,
+          channel ? token : column};
+}
+
 }  // namespace fastssl::cpu

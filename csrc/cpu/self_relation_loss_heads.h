@@ -1,0 +1,326 @@
+// self_relation_loss on the CPU in one pass over student and teacher: loss and gradient of one head, whose
+// matrix dS stays in a core's cache. Included by self_relation_loss.h, once per instruction set.
+//
+// Without columns S and T are symmetric, and one shift c for the whole head keeps E_ij = 2^(f·S_ij − c)
+// symmetric. Then only tiles on and above the diagonal are computed; each element counts for its row and for
+// its column. The pivot of every row is its diagonal element. With r_i = Σ_j E_ij of the student, F its
+// counterpart and q_i = Σ_j F_ij,
+//   W_ij = E_ij (1/r_i + 1/r_j) − F_ij (1/q_i + 1/q_j),  W_ii = −2 Σ_{j≠i} (E_ij/r_i − F_ij/q_i),  dX =
+//   w·s_s·W X.
+// Where logits spread too far for one shift, and with columns, rows are worked on one by one.
+
+namespace fastssl::cpu::FASTSSL_ISA {
+
+// The squared length of every packed vector, summed as `tile` sums.
+template <class T, int LANES>
+void diagonal_of(const T* panels, int64_t vectors, int64_t depth, T* out) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t first = 0; first < vectors; first += LANES, panels += depth * LANES) {
+    for (int v = 0; v < LANES; v += W) {
+      Vec<T> total{};
+      for (int64_t k = 0; k < depth;) {
+        Vec<T> sum{};
+        for (const int64_t end = std::min(depth, k + kChunk); k < end; ++k) {
+          const Vec<T> x = load<T>(panels + k * LANES + v);
+          sum += x * x;
+        }
+        total += sum;
+      }
+      store<T>(out + first + v, total);
+    }
+  }
+}
+
+// The shift c of one head, or NaN where rows must have their own: every row holds its own 2^(f·S_ii − c),
+// which must not be lost, and the rounding of f·S − c must stay near that of S itself.
+template <class T>
+T shift_of(const T* diagonal, int64_t n, T factor) {
+  const auto [lowest, highest] = std::minmax_element(diagonal, diagonal + n);
+  const bool safe = factor > 0 && factor * *highest <= T(256) && factor * (*highest - *lowest) <= T(32);
+  return safe ? factor * *highest : std::numeric_limits<T>::quiet_NaN();
+}
+
+// Scratch memory of one head. Rows of the square are an odd number of vectors apart, or columns would share
+// few places of the first-level cache.
+template <class T>
+struct LossHead {
+  static constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  int64_t n, m, stride, width, padded;
+  T *a = nullptr, *b = nullptr;           // packed rows and columns; b also the right factor of the gradient
+  T* square = nullptr;                    // T, then E, then W; or S, then dS
+  T* triangle = nullptr;                  // F on and above the diagonal
+  T *strip = nullptr, *powers = nullptr;  // strips of products; a row's powers
+  T* panel = nullptr;                     // the left factor of the gradient
+  T *vectors = nullptr, *inverse = nullptr;                                 // for lengths
+  T *student, *teacher, *e, *f, *apart, *of_student, *of_teacher, *corner;  // one number per row
+  Vec<T>* sums = nullptr;  // three vectors per row, whose lanes make e, f and apart
+
+  explicit LossHead(const SelfRelationLoss& op)
+      : n(op.rows), m(op.columns), stride(round_up(m, W)), width(round_up(m, C)), padded(round_up(n, W)) {
+    if (stride / W % 2 == 0) stride += W;
+    // The matrices of one head are no more than a few megabytes: they are worked on head by head for that
+    // reason.
+  }
+
+  // take(pointer, count) for every piece: once to count their bytes, once to place them.
+  template <class Take>
+  void lay_out(const SelfRelationLoss& op, Take&& take) {
+    const int64_t depth = std::max(op.student.depth, op.teacher.depth), most = std::max(n, m);
+    const int64_t rows = round_up(padded, R) + R, numbers = round_up(n, C) + C;
+    take(a, round_up(n, R) * depth + W);
+    take(b, std::max(round_up(most, C) * depth, most * round_up(op.student.depth, C)));
+    take(square, rows * stride + C);
+    take(triangle, op.symmetric ? padded * (padded + W) / 2 : 0);
+    take(strip, R * std::max(width, round_up(op.student.depth, C)));
+    take(powers, width);
+    take(panel, most * R + W);
+    take(vectors, op.normalize ? depth * std::max(C, R) + W : 0);
+    take(inverse, op.normalize ? round_up(most, C) : 0);
+    for (T** pointer : {&student, &teacher, &e, &f, &apart, &of_student, &of_teacher, &corner})
+      take(*pointer, numbers);
+    T* lanes = nullptr;
+    take(lanes, 3 * W * n);
+    sums = reinterpret_cast<Vec<T>*>(lanes);
+  }
+
+  T* row(int64_t i) const { return square + i * stride; }
+  // Row i of the triangle, from whose column i / W · W on there is memory.
+  T* triangle_row(int64_t i) const {
+    const int64_t first = i / W * W, length = padded - first;
+    return triangle + first * padded - first * (first - W) / 2 + (i - first) * length - first;
+  }
+};
+
+// Columns [i, i + R) of a matrix of `rows` rows as a panel; whole vectors are read.
+template <class T>
+FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t rows, int64_t i, T* panel) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  for (int64_t k = 0; k < rows; ++k) {
+#pragma GCC unroll 4
+    for (int l = 0; l < R; l += W) store<T>(panel + k * R + l, load<T>(matrix + k * stride + i + l));
+  }
+}
+
+// One strip and one panel of a symmetric head: S becomes E, T becomes F, and both are summed by rows and by
+// columns.
+template <class T>
+FASTSSL_INLINE void symmetric_tile(const LossHead<T>& head, int64_t i, int64_t from, int64_t to,
+                                   T student_factor, T student_shift, T teacher_factor, T teacher_shift) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  const int64_t n = head.n;
+  for (int64_t r = 0; r < std::min<int64_t>(R, n - i); ++r) {
+    const int64_t row = i + r, start = row / W * W;
+    const T* s = head.strip + r * head.width;
+    T *t = head.row(row), *f_row = head.triangle_row(row);
+    const Vec<T> own = broadcast<T>(head.student[row]);
+    Vec<T> e_sum = head.sums[3 * row], f_sum = head.sums[3 * row + 1], apart = head.sums[3 * row + 2];
+    for (int64_t j = std::max(from, start); j < to; j += W) {
+      const Vec<T> product = load<T>(s + j);
+      Vec<T> e = exp2(product * student_factor - student_shift);
+      Vec<T> f = exp2(load<T>(t + j) * teacher_factor - teacher_shift);
+      if (j == start) {  // up to the diagonal: the element's twin, and the pivot
+        e = drop_lanes<T>(e, row - start + 1);
+        f = drop_lanes<T>(f, row - start + 1);
+      }
+      if (j + W > n) {
+        e = keep_lanes<T>(e, n - j, T{0});
+        f = keep_lanes<T>(f, n - j, T{0});
+      }
+      store<T>(t + j, e);
+      store<T>(f_row + j, f);
+      e_sum += e;
+      f_sum += f;
+      apart += f * (own - product);
+      store<T>(head.e + j, load<T>(head.e + j) + e);
+      store<T>(head.f + j, load<T>(head.f + j) + f);
+      store<T>(head.apart + j, load<T>(head.apart + j) + f * (load<T>(head.student + j) - product));
+    }
+    head.sums[3 * row] = e_sum, head.sums[3 * row + 1] = f_sum, head.sums[3 * row + 2] = apart;
+  }
+}
+
+// E and F become W, on both sides of the diagonal.
+template <class T>
+FASTSSL_INLINE void symmetric_weights(const LossHead<T>& head) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t i = 0; i < head.n; i += W) {
+    for (int64_t j = i; j < head.n; j += W) {
+      Vec<T> w[W], mirrored[W];
+      const Vec<T> of_student = load<T>(head.of_student + j), of_teacher = load<T>(head.of_teacher + j);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) {
+        w[r] =
+            load<T>(head.row(i + r) + j) * (of_student + head.of_student[i + r]) -
+            load<T>(head.triangle_row(i) + r * (head.padded - i) + j) * (of_teacher + head.of_teacher[i + r]);
+        mirrored[r] = w[r];
+      }
+      transpose<T>(mirrored);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) {
+        if (i == j) {
+          w[r] += mirrored[r];
+          w[r][r] = head.corner[i + r];
+        } else {
+          store<T>(head.row(j + r) + i, mirrored[r]);
+        }
+        store<T>(head.row(i + r) + j, w[r]);
+      }
+    }
+  }
+}
+
+// Loss of a symmetric head, and its W if wanted; false where it needs a shift for each row.
+template <class T>
+bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool wants_gradient) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  const int64_t n = op.rows, batch = h / op.heads, number = h % op.heads;
+  const auto pack = [&](const LossSide& side, T* diagonal) {
+    const void* x = element(side.rows, batch, number);
+    pack_rows<T, R>(head.a, x, side.rows, n, side.depth, op.normalize);
+    pack_rows<T, C>(head.b, x, side.rows, n, side.depth, op.normalize);
+    diagonal_of<T, C>(head.b, n, side.depth, diagonal);
+    return shift_of<T>(diagonal, n, static_cast<T>(side.scale * kLog2e));
+  };
+  const T student_factor = static_cast<T>(op.student.scale * kLog2e);
+  const T teacher_factor = static_cast<T>(op.teacher.scale * kLog2e);
+  const T teacher_shift = pack(op.teacher, head.teacher);
+  if (teacher_shift != teacher_shift) return false;
+  // One panel of b stays in the first-level cache for all strips.
+  const auto for_tiles = [&](auto&& work) {
+    for (int64_t j = 0; j < n; j += C) {
+      const int64_t to = std::min<int64_t>(n, j + C);
+      for (int64_t i = 0; i < to; i += R) work(i, std::max(j, i / W * W), to);
+    }
+  };
+  for_tiles([&](int64_t i, int64_t from, int64_t to) {
+    strip_product<T>(op.teacher.depth, head.a + i * op.teacher.depth, head.b, from, to, head.row(i),
+                     head.stride);
+  });
+  const T student_shift = pack(op.student, head.student);
+  if (student_shift != student_shift) return false;
+  std::fill(head.sums, head.sums + 3 * n, Vec<T>{});
+  for (T* sum : {head.e, head.f, head.apart}) std::fill(sum, sum + round_up(n, W), T(0));
+  for_tiles([&](int64_t i, int64_t from, int64_t to) {
+    strip_product<T>(op.student.depth, head.a + i * op.student.depth, head.b, from, to, head.strip,
+                     head.width);
+    symmetric_tile<T>(head, i, from, to, student_factor, student_shift, teacher_factor, teacher_shift);
+  });
+  const T weight = static_cast<T>(op.weight * op.student.scale), scale = static_cast<T>(op.student.scale);
+  for (int64_t i = 0; i < n; ++i) {
+    const T e = head.e[i] + sum_lanes<T>(head.sums[3 * i]),
+            f = head.f[i] + sum_lanes<T>(head.sums[3 * i + 1]);
+    const T apart = head.apart[i] + sum_lanes<T>(head.sums[3 * i + 2]);
+    head.e[i] = e, head.f[i] = f, head.apart[i] = apart;
+  }
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec<T> own_e = exp2(load<T>(head.student + i) * student_factor - student_shift);
+    const Vec<T> own_f = exp2(load<T>(head.teacher + i) * teacher_factor - teacher_shift);
+    const Vec<T> e = load<T>(head.e + i), f = load<T>(head.f + i);
+    const Vec<T> of_student = weight / (own_e + e), of_teacher = weight / (own_f + f);
+    store<T>(head.of_student + i, of_student);
+    store<T>(head.of_teacher + i, of_teacher);
+    // As in gradient_row: minus the sum of all others, or the plain difference.
+    const Vec<T> own_p = own_e * of_student, own_q = own_f * of_teacher, p = e * of_student,
+                 q = f * of_teacher;
+    store<T>(head.corner + i, T(2) * (p + q < own_p + own_q ? q - p : own_p - own_q));
+    store<T>(head.e + i, e / own_e);
+    store<T>(head.f + i, f / own_f);
+    store<T>(head.apart + i, scale * load<T>(head.apart + i) / (own_f + f));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T sum = std::log1p(head.e[i]);
+    keep_row<T>(op, h * n + i, sum + head.apart[i], head.student[i], T(kLog2e) * sum, head.teacher[i],
+                T(kLog2e) * std::log1p(head.f[i]));
+  }
+  if (wants_gradient) symmetric_weights<T>(head);
+  return true;
+}
+
+// Loss of any head, row by row; and dS or, where symmetric, W = dS + dSᵀ, if wanted.
+template <class T>
+void any_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool wants_gradient) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  const int64_t n = op.rows, m = op.columns, batch = h / op.heads, number = h % op.heads;
+  const auto pack = [&](const LossSide& side) {
+    pack_rows<T, R>(head.a, element(side.rows, batch, number), side.rows, n, side.depth, op.normalize);
+    pack_rows<T, C>(head.b, element(side.columns, batch, number), side.columns, m, side.depth, op.normalize);
+  };
+  pack(op.student);
+  for (int64_t i = 0; i < n; i += R)
+    strip_product<T>(op.student.depth, head.a + i * op.student.depth, head.b, 0, m, head.row(i), head.stride);
+  pack(op.teacher);
+  const T student_factor = static_cast<T>(op.student.scale * kLog2e);
+  const T teacher_factor = static_cast<T>(op.teacher.scale * kLog2e);
+  const T weight = static_cast<T>(op.weight * op.student.scale);
+  for (int64_t i = 0; i < n; i += R) {
+    strip_product<T>(op.teacher.depth, head.a + i * op.teacher.depth, head.b, 0, m, head.strip, head.width);
+    for (int64_t r = 0; r < std::min<int64_t>(R, n - i); ++r) {
+      T *s = head.row(i + r), *t = head.strip + r * head.width, *e = head.powers, *q = head.panel;
+      const RowPair<T> row = row_pair<T>(s, t, e, q, m, student_factor, teacher_factor);
+      keep_row<T>(op, h * n + i + r, row);
+      if (wants_gradient) gradient_row<T>(row, e, q, s, m, weight);
+    }
+  }
+  if (!wants_gradient || !op.symmetric) return;
+  for (int64_t i = 0; i < n; i += W) {
+    for (int64_t j = i; j < n; j += W) {
+      Vec<T> upper[W], lower[W];
+      for (int r = 0; r < W; ++r)
+        upper[r] = load<T>(head.row(i + r) + j), lower[r] = load<T>(head.row(j + r) + i);
+      transpose<T>(lower);
+      for (int r = 0; r < W; ++r) {
+        upper[r] += lower[r];
+        store<T>(head.row(i + r) + j, upper[r]);
+      }
+      transpose<T>(upper);
+      for (int r = 0; r < W; ++r) store<T>(head.row(j + r) + i, upper[r]);
+    }
+  }
+}
+
+// One gradient of a head: `rows` rows, each a product of a row (or column) of the square with `other`.
+template <class T>
+void multiply_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool by_columns,
+                   const Strided& target, const Strided& other, const Strided& out) {
+  constexpr int R = kTileRows, C = kTileColumns<T>;
+  const int64_t rows = by_columns ? op.columns : op.rows, inner = by_columns ? op.rows : op.columns;
+  const int64_t k = op.student.depth, width = round_up(k, C), batch = h / op.heads, number = h % op.heads;
+  pack_depth<T, C>(head.b, element(other, batch, number), other, inner, k, op.normalize, head.inverse,
+                   head.vectors);
+  for (int64_t i = 0; i < rows; i += R) {
+    const int64_t count = std::min<int64_t>(R, rows - i);
+    if (by_columns || op.symmetric) {
+      panel_of_columns<T>(head.square, head.stride, inner, i, head.panel);
+    } else {
+      pack<T, R>(head.panel, head.row(i), sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, head.stride, 1,
+                 count, inner);
+    }
+    strip_product<T>(inner, head.panel, head.b, 0, k, head.strip, width);
+    if (op.normalize) {
+      gradient_through_lengths<T>(element(target, batch, number, i), target, count, k, head.vectors,
+                                  head.strip, width);
+    }
+    store_strip<T>(head.strip, width, count, k, out, batch, number, i);
+  }
+}
+
+// Heads [begin, end): loss, statistics and the wanted gradients of the loss times op.weight.
+template <class T>
+void loss_heads(const SelfRelationLoss& op, int64_t begin, int64_t end) {
+  LossHead<T> head(op);
+  size_t bytes = 0;
+  head.lay_out(op, [&](T*&, int64_t count) { bytes += Scratch::bytes_of<T>(count); });
+  Scratch scratch(bytes);
+  head.lay_out(op, [&](T*& pointer, int64_t count) { pointer = scratch.take<T>(count); });
+  const bool wants_gradient = op.wants_student || op.wants_columns;
+  for (int64_t h = begin; h < end; ++h) {
+    if (!op.symmetric || !symmetric_head<T>(op, head, h, wants_gradient))
+      any_head<T>(op, head, h, wants_gradient);
+    if (op.wants_student)
+      multiply_head<T>(op, head, h, false, op.student.rows, op.student.columns, op.grad_student);
+    if (op.wants_columns)
+      multiply_head<T>(op, head, h, true, op.student.columns, op.student.rows, op.grad_columns);
+  }
+}
+
+}  // namespace fastssl::cpu::FASTSSL_ISA
