@@ -2,8 +2,9 @@
 // register tile. Included once per instruction set by foreach_isa.h.
 //
 // A panel holds `lanes` neighbouring vectors side by side: panel[depth][lane], zero where there is no vector.
-// Every element of a product sums the same terms in the same order, whichever tile it falls in. So (X Xᵀ)_ij
-// and (X Xᵀ)_ji are the same bits, and how the work is split over threads changes nothing.
+// Its rows are whole vectors of the processor, so that stores do not straddle lines of the cache. Every
+// element of a product sums the same terms in the same order, whichever tile it falls in. So (X Xᵀ)_ij and (X
+// Xᵀ)_ji are the same bits, and how the work is split over threads changes nothing.
 
 namespace fastssl::cpu::FASTSSL_ISA {
 
@@ -11,6 +12,20 @@ constexpr int kTileRows = FASTSSL_TILE_ROWS;
 constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kTileColumns = kTileVectors * Simd<T>::kWidth;
+template <class T, int LANES>
+constexpr int kPanelStride = (LANES + Simd<T>::kWidth - 1) / Simd<T>::kWidth * Simd<T>::kWidth;
+template <class T>
+constexpr int kStripStride = kPanelStride<T, kTileRows>;
+
+// Elements of `vectors` vectors packed as panels of kTileRows, and where the panel from vector i on begins.
+template <class T>
+constexpr int64_t strips_size(int64_t vectors, int64_t depth) {
+  return ceil_div(vectors, kTileRows) * kStripStride<T> * depth;
+}
+template <class T, class P>
+FASTSSL_INLINE P* strip_at(P* panels, int64_t i, int64_t depth) {
+  return panels + i / kTileRows * kStripStride<T> * depth;
+}
 
 template <class T, class S>
 struct PackFrom {
@@ -18,56 +33,46 @@ struct PackFrom {
   template <int LANES>
   static void panel(T* out, const S* in, int64_t lane_stride, int64_t depth_stride, int64_t count,
                     int64_t depth) {
-    constexpr int W = Simd<T>::kWidth;
+    constexpr int W = Simd<T>::kWidth, STRIDE = kPanelStride<T, LANES>;
     if (lane_stride == 1) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const S* from = in + k * depth_stride;
-        T* to = out + k * LANES;
-        int lane = 0;
-        if (count == LANES) {
+      // Lanes past LANES may be read where the next row lies behind them.
+      const int64_t whole = count < LANES ? 0 : depth_stride >= STRIDE - LANES ? depth - (STRIDE > LANES) : 0;
+      for (int64_t k = 0; k < whole; ++k) {
 #pragma GCC unroll 4
-          for (; lane + W <= LANES; lane += W) store<T>(to + lane, load_any<T>(from + lane));
-#pragma GCC unroll 16
-          for (; lane < LANES; ++lane) to[lane] = static_cast<T>(widen_one(from[lane]));
-        } else {
-          for (; lane < LANES; ++lane) to[lane] = lane < count ? static_cast<T>(widen_one(from[lane])) : T{0};
-        }
+        for (int lane = 0; lane < STRIDE; lane += W)
+          store<T>(out + k * STRIDE + lane, load_any<T>(in + k * depth_stride + lane));
+      }
+      for (int64_t k = whole; k < depth; ++k) {
+        for (int lane = 0; lane < LANES; ++lane)
+          out[k * STRIDE + lane] =
+              lane < count ? static_cast<T>(widen_one(in[k * depth_stride + lane])) : T{0};
       }
       return;
     }
-    constexpr int kRest = LANES % W == 0 ? W : LANES % W;  // lanes of the last vector
     const int64_t blocks = depth_stride == 1 ? depth / W : 0;
     for (int lane = 0; lane < LANES; lane += W) {
-      const int64_t here = std::clamp<int64_t>(count - lane, 0, W);
-      const int width = std::min(W, LANES - lane);
+      const int64_t here = std::clamp<int64_t>(count - lane, 0, std::min(W, LANES - lane));
       for (int64_t block = 0; block < blocks; ++block) {
         Vec<T> rows[W];
         for (int r = 0; r < W; ++r) {
           rows[r] = r < here ? load_any<T>(in + (lane + r) * lane_stride + block * W) : Vec<T>{};
         }
         transpose<T>(rows);
-        for (int r = 0; r < W; ++r) {
-          T* to = out + (block * W + r) * LANES + lane;
-          if (width == W || LANES < W) {  // what is too much, the next store replaces
-            store<T>(to, rows[r]);
-          } else {
-            store_lanes<T, kRest>(to, rows[r]);
-          }
-        }
+        for (int r = 0; r < W; ++r) store<T>(out + (block * W + r) * STRIDE + lane, rows[r]);
       }
       for (int64_t k = blocks * W; k < depth; ++k) {
-        const Vec<T> v = load_strided<T>(in + lane * lane_stride + k * depth_stride, lane_stride, here);
-        for (int l = 0; l < width; ++l) out[k * LANES + lane + l] = v[l];
+        store<T>(out + k * STRIDE + lane,
+                 load_strided<T>(in + lane * lane_stride + k * depth_stride, lane_stride, here));
       }
     }
   }
 };
 
-// Packs `vectors` vectors of `depth` elements into panels of LANES lanes. `out` has room for one more vector.
+// Packs `vectors` vectors of `depth` elements into panels of LANES lanes.
 template <class T, int LANES>
 void pack(T* out, const void* in, Dtype dtype, int64_t lane_stride, int64_t depth_stride, int64_t vectors,
           int64_t depth) {
-  for (int64_t first = 0; first < vectors; first += LANES, out += depth * LANES) {
+  for (int64_t first = 0; first < vectors; first += LANES, out += depth * kPanelStride<T, LANES>) {
     const int64_t count = std::min<int64_t>(LANES, vectors - first), at = first * lane_stride;
     switch (dtype) {
       case Dtype::kFloat:
@@ -92,6 +97,26 @@ void pack(T* out, const void* in, Dtype dtype, int64_t lane_stride, int64_t dept
   }
 }
 
+// The panel of vectors i … i + kTileRows, taken from panels of kTileColumns lanes that hold them, which is
+// faster than packing them once more. `panels` may be read one vector past their end.
+template <class T>
+void strip_of_panels(const T* panels, int64_t vectors, int64_t depth, int64_t i, T* out) {
+  constexpr int W = Simd<T>::kWidth, C = kTileColumns<T>, STRIDE = kStripStride<T>;
+  for (int lane = 0; lane < STRIDE; lane += W) {
+    const int64_t first = i + lane, at = first % C, here = C - at;
+    const T* from = panels + (first - at) * depth + at;
+    if (first >= round_up(vectors, C)) {
+      for (int64_t k = 0; k < depth; ++k) store<T>(out + k * STRIDE + lane, Vec<T>{});
+    } else if (here >= W || first + here >= round_up(vectors, C)) {
+      for (int64_t k = 0; k < depth; ++k) store<T>(out + k * STRIDE + lane, load<T>(from + k * C));
+    } else {  // the rest is in the next panel
+      const T* next = panels + (first + here) * depth - here;
+      for (int64_t k = 0; k < depth; ++k)
+        store<T>(out + k * STRIDE + lane, join_lanes<T>(load<T>(from + k * C), load<T>(next + k * C), here));
+    }
+  }
+}
+
 // c[i][j] = Σ_k a[k][i] b[k][j] for kTileRows rows and NV vectors of columns. `b_lanes` is the width of b's
 // panel. Sums run over kChunk products at a time: one long chain of alike terms would round the same way
 // every time, and its error would grow with the depth.
@@ -110,7 +135,7 @@ FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes,
       for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_lanes + v * W);
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
-        const Vec<T> row = broadcast<T>(a[k * kTileRows + i]);
+        const Vec<T> row = broadcast<T>(a[k * kStripStride<T> + i]);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[i][v] += row * column[v];
       }

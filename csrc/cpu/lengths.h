@@ -8,10 +8,11 @@ constexpr double kNoLength = 1e-12;
 
 template <class T, int LANES>
 void inverse_lengths(const T* panel, int64_t depth, T* inverse) {
+  constexpr int STRIDE = kPanelStride<T, LANES>;
   double squares[LANES] = {};  // one long float chain of alike terms would round the same way every time
   for (int64_t k = 0; k < depth; ++k) {
     for (int l = 0; l < LANES; ++l) {
-      const double element = panel[k * LANES + l];
+      const double element = panel[k * STRIDE + l];
       squares[l] += element * element;
     }
   }
@@ -20,11 +21,12 @@ void inverse_lengths(const T* panel, int64_t depth, T* inverse) {
 }
 template <class T, int LANES>
 void normalize_panels(T* panels, int64_t vectors, int64_t depth) {
-  for (int64_t first = 0; first < vectors; first += LANES, panels += depth * LANES) {
+  constexpr int STRIDE = kPanelStride<T, LANES>;
+  for (int64_t first = 0; first < vectors; first += LANES, panels += depth * STRIDE) {
     T inverse[LANES];
     inverse_lengths<T, LANES>(panels, depth, inverse);
     for (int64_t k = 0; k < depth; ++k)
-      for (int l = 0; l < LANES; ++l) panels[k * LANES + l] *= inverse[l];
+      for (int l = 0; l < LANES; ++l) panels[k * STRIDE + l] *= inverse[l];
   }
 }
 // Packs the rows of one head as lanes, divided by their lengths where asked.
@@ -34,8 +36,8 @@ void pack_rows(T* out, const void* in, const Strided& m, int64_t rows, int64_t d
   if (normalize) normalize_panels<T, LANES>(out, rows, depth);
 }
 // Packs them the other way round, their `depth` elements as lanes: the right factor of a product that runs
-// over rows. `inverse` has room for round_up(rows, LANES) numbers and `vectors` for depth · LANES and one
-// vector more; neither is used without `normalize`.
+// over rows. `inverse` has room for round_up(rows, LANES) numbers and `vectors` for depth · LANES;
+// neither is used without `normalize`.
 template <class T, int LANES>
 void pack_depth(T* out, const void* in, const Strided& m, int64_t rows, int64_t depth, bool normalize,
                 T* inverse, T* vectors) {
@@ -83,8 +85,7 @@ void through_lengths(const void* x, const Strided& m, int64_t rows, int64_t dept
     }
   }
 }
-// The same for a strip of at most kTileRows rows of gradients; `vectors` has room for kTileRows · depth
-// elements and one vector more.
+// The same for a strip of at most kTileRows rows of gradients; `vectors` has room for a strip.
 template <class T>
 void gradient_through_lengths(const void* x, const Strided& m, int64_t rows, int64_t depth, T* vectors,
                               T* strip, int64_t stride) {

@@ -121,7 +121,7 @@ void row_offsets(const SelfRelation& op, int64_t begin, int64_t end) {
 template <class T, class S, bool BY_ROW, bool BY_COLUMN, int LANES, bool WHOLE>
 FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t lane,
                                    int64_t lanes, int64_t k, int64_t deep, T* panel) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  constexpr int W = Simd<T>::kWidth;
   Vec<T> rows[W];
 #pragma GCC unroll 16
   for (int r = 0; r < W; ++r) {
@@ -141,12 +141,7 @@ FASTSSL_INLINE void gradient_block(const Pair<T, S>& pair, const Offset<T>* offs
       pair.template load<WHOLE>(k + c, lane, lanes, a, gradient);
       rows[c] += a * (gradient - offsets[k + c].g - offsets[k + c].delta);
     }
-    T* to = panel + c * R;
-    if (LANES == W || R < W) {  // what is too much, the next store replaces
-      store<T>(to, rows[c]);
-    } else {
-      store_lanes<T, LANES>(to, rows[c]);
-    }
+    store<T>(panel + c * kStripStride<T>, rows[c]);
   }
 }
 
@@ -172,28 +167,29 @@ FASTSSL_INLINE void gradient_blocks(const Pair<T, S>& pair, const Offset<T>* off
 template <class T, class S, bool BY_ROW, bool BY_COLUMN>
 void gradient_panel(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t first, int64_t count,
                     int64_t depth, T* panel) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  constexpr int W = Simd<T>::kWidth;
   for (int64_t k = 0; k < depth; k += W) {
     const int64_t deep = std::min<int64_t>(W, depth - k);
-    gradient_blocks<T, S, BY_ROW, BY_COLUMN>(pair, offsets, first, count, k, deep, panel + k * R);
+    gradient_blocks<T, S, BY_ROW, BY_COLUMN>(pair, offsets, first, count, k, deep,
+                                             panel + k * kStripStride<T>);
   }
 }
 
 // Strips [begin, end) of all heads in a row, of the gradient of x (BY_ROW) or of the columns.
 template <class T, class S, bool BY_ROW, bool BY_COLUMN>
 void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  constexpr int R = kTileRows, C = kTileColumns<T>;
   const Strided& target = BY_ROW ? op.x : op.y;  // what the gradient is taken of
   const Strided& other = BY_COLUMN ? op.x : op.y;
   const Strided& out = BY_ROW ? op.grad_x : op.grad_y;
   const int64_t rows = BY_ROW ? op.rows : op.columns, depth = BY_COLUMN ? op.rows : op.columns;
   const int64_t k = op.depth, width = round_up(k, C), strips = ceil_div(rows, R);
   const int64_t lengths = op.normalize ? round_up(depth, C) : 0;
-  const int64_t vectors_size = op.normalize ? k * std::max(C, R) + W : 0;
-  Scratch scratch(Scratch::bytes_of<T>(R * depth + W) + Scratch::bytes_of<T>(depth * width) +
+  const int64_t vectors_size = op.normalize ? k * std::max(C, kStripStride<T>) : 0;
+  Scratch scratch(Scratch::bytes_of<T>(kStripStride<T> * depth) + Scratch::bytes_of<T>(depth * width) +
                   Scratch::bytes_of<T>(R * width) + Scratch::bytes_of<T>(lengths) +
                   Scratch::bytes_of<T>(vectors_size));
-  T* panel = scratch.take<T>(R * depth + W);
+  T* panel = scratch.take<T>(kStripStride<T> * depth);
   T* b = scratch.take<T>(depth * width);
   T* strip = scratch.take<T>(R * width);
   T* inverse = scratch.take<T>(lengths);

@@ -124,15 +124,15 @@ void forward_heads(const SelfRelation& op, int64_t begin, int64_t end) {
   const bool in_place = !keeps_head_in_scratch(n, sizeof(T));
   const T factor = static_cast<T>(op.scale * 1.4426950408889634);
   const int64_t square_size = (in_place ? R : padded) * width;
-  Scratch scratch(Scratch::bytes_of<T>(padded * k + W) + Scratch::bytes_of<T>(width * k) +
+  Scratch scratch(Scratch::bytes_of<T>(strips_size<T>(n, k)) + Scratch::bytes_of<T>(width * k) +
                   Scratch::bytes_of<T>(square_size));
-  T* a = scratch.take<T>(padded * k + W);
+  T* a = scratch.take<T>(strips_size<T>(n, k));
   T* b = scratch.take<T>(width * k);
   T* square = scratch.take<T>(square_size);
   for (int64_t h = begin; h < end; ++h) {
     const void* x = element(op.x, h / op.heads, h % op.heads);
-    pack_rows<T, R>(a, x, op.x, n, k, op.normalize);
     pack_rows<T, C>(b, x, op.x, n, k, op.normalize);
+    for (int64_t i = 0; i < n; i += R) strip_of_panels<T>(b, n, k, i, strip_at<T>(a, i, k));
     const T shift = shared_shift<T, C>(b, n, k, factor);
     T* out = static_cast<T*>(op.relation) + h * n * n;  // in place only
     for (int64_t j = 0; j < n; j += C) {  // one panel of b stays in the first-level cache for all strips
@@ -140,7 +140,7 @@ void forward_heads(const SelfRelation& op, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < to; i += R) {
         const int64_t count = std::min<int64_t>(R, n - i), from = std::max(j, i / W * W);
         T* strip = in_place ? square : square + i * width;
-        strip_product<T>(k, a + i * k, b, from, to, strip, width);
+        strip_product<T>(k, strip_at<T>(a, i, k), b, from, to, strip, width);
         if (shift == shift) {
           for (int64_t r = 0; r < count; ++r)
             powers_of_row<T>(strip + r * width, strip + r * width, from, to, factor, shift);
@@ -174,9 +174,9 @@ void forward_strips(const SelfRelation& op, int64_t begin, int64_t end) {
   constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
   const int64_t n = op.rows, m = op.columns, k = op.depth, width = round_up(m, C), strips = ceil_div(n, R);
   const T factor = static_cast<T>(op.scale * 1.4426950408889634);
-  Scratch scratch(Scratch::bytes_of<T>(R * k + W) + Scratch::bytes_of<T>(width * k) +
+  Scratch scratch(Scratch::bytes_of<T>(kStripStride<T> * k) + Scratch::bytes_of<T>(width * k) +
                   Scratch::bytes_of<T>(R * width));
-  T* a = scratch.take<T>(R * k + W);
+  T* a = scratch.take<T>(kStripStride<T> * k);
   T* b = scratch.take<T>(width * k);
   T* strip = scratch.take<T>(R * width);
   T shift = std::numeric_limits<T>::quiet_NaN();

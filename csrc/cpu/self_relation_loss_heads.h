@@ -47,8 +47,8 @@ struct LossHead {
   static constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
   int64_t n, m, stride, width, padded;
   T *a = nullptr, *b = nullptr;           // packed rows and columns; b also the right factor of the gradient
-  T* square = nullptr;                    // T, then E, then W; or S, then dS
-  T* triangle = nullptr;                  // F on and above the diagonal
+  T* square = nullptr;                    // T, then E below the diagonal; or S, then dS or W
+  T* triangle = nullptr;                  // F below the diagonal
   T *strip = nullptr, *powers = nullptr;  // strips of products; a row's powers
   T* panel = nullptr;                     // the left factor of the gradient
   T *vectors = nullptr, *inverse = nullptr;                                 // for lengths
@@ -67,14 +67,14 @@ struct LossHead {
   void lay_out(const SelfRelationLoss& op, Take&& take) {
     const int64_t depth = std::max(op.student.depth, op.teacher.depth), most = std::max(n, m);
     const int64_t rows = round_up(padded, R) + R, numbers = round_up(n, C) + C;
-    take(a, round_up(n, R) * depth + W);
-    take(b, std::max(round_up(most, C) * depth, most * round_up(op.student.depth, C)));
+    take(a, strips_size<T>(n, depth));
+    take(b, std::max(round_up(most, C) * depth + W, most * round_up(op.student.depth, C)));
     take(square, rows * stride + C);
-    take(triangle, op.symmetric ? padded * (padded + W) / 2 : 0);
+    take(triangle, op.symmetric ? padded * (padded + W) / 2 + C : 0);
     take(strip, R * std::max(width, round_up(op.student.depth, C)));
     take(powers, width);
-    take(panel, most * R + W);
-    take(vectors, op.normalize ? depth * std::max(C, R) + W : 0);
+    take(panel, most * kStripStride<T>);
+    take(vectors, op.normalize ? depth * std::max(C, kStripStride<T>) : 0);
     take(inverse, op.normalize ? round_up(most, C) : 0);
     for (T** pointer : {&student, &teacher, &e, &f, &apart, &of_student, &of_teacher, &corner})
       take(*pointer, numbers);
@@ -84,126 +84,169 @@ struct LossHead {
   }
 
   T* row(int64_t i) const { return square + i * stride; }
-  // Row i of the triangle, from whose column i / W · W on there is memory.
+  // Row i of the triangle, whole vectors up to its diagonal.
   T* triangle_row(int64_t i) const {
-    const int64_t first = i / W * W, length = padded - first;
-    return triangle + first * padded - first * (first - W) / 2 + (i - first) * length - first;
+    const int64_t block = i / W;
+    return triangle + block * (block + 1) / 2 * W * W + i % W * (block + 1) * W;
   }
 };
 
 // Columns [i, i + R) of a matrix of `rows` rows as a panel; whole vectors are read.
 template <class T>
 FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t rows, int64_t i, T* panel) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows;
+  constexpr int W = Simd<T>::kWidth, STRIDE = kStripStride<T>;
   for (int64_t k = 0; k < rows; ++k) {
 #pragma GCC unroll 4
-    for (int l = 0; l < R; l += W) store<T>(panel + k * R + l, load<T>(matrix + k * stride + i + l));
+    for (int l = 0; l < STRIDE; l += W)
+      store<T>(panel + k * STRIDE + l, load<T>(matrix + k * stride + i + l));
   }
 }
 
-// One strip and one panel of a symmetric head: S becomes E, T becomes F, and both are summed by rows and by
-// columns.
+// How logits become powers of two: factor and shift of student and teacher.
 template <class T>
-FASTSSL_INLINE void symmetric_tile(const LossHead<T>& head, int64_t i, int64_t from, int64_t to,
-                                   T student_factor, T student_shift, T teacher_factor, T teacher_shift) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows;
-  const int64_t n = head.n;
-  for (int64_t r = 0; r < std::min<int64_t>(R, n - i); ++r) {
-    const int64_t row = i + r, start = row / W * W;
-    const T* s = head.strip + r * head.width;
-    T *t = head.row(row), *f_row = head.triangle_row(row);
-    const Vec<T> own = broadcast<T>(head.student[row]);
-    Vec<T> e_sum = head.sums[3 * row], f_sum = head.sums[3 * row + 1], apart = head.sums[3 * row + 2];
-    for (int64_t j = std::max(from, start); j < to; j += W) {
-      const Vec<T> product = load<T>(s + j);
-      Vec<T> e = exp2(product * student_factor - student_shift);
-      Vec<T> f = exp2(load<T>(t + j) * teacher_factor - teacher_shift);
-      if (j == start) {  // up to the diagonal: the element's twin, and the pivot
-        e = drop_lanes<T>(e, row - start + 1);
-        f = drop_lanes<T>(f, row - start + 1);
-      }
-      if (j + W > n) {
-        e = keep_lanes<T>(e, n - j, T{0});
-        f = keep_lanes<T>(f, n - j, T{0});
-      }
-      store<T>(t + j, e);
-      store<T>(f_row + j, f);
-      e_sum += e;
-      f_sum += f;
-      apart += f * (own - product);
-      store<T>(head.e + j, load<T>(head.e + j) + e);
-      store<T>(head.f + j, load<T>(head.f + j) + f);
-      store<T>(head.apart + j, load<T>(head.apart + j) + f * (load<T>(head.student + j) - product));
-    }
-    head.sums[3 * row] = e_sum, head.sums[3 * row + 1] = f_sum, head.sums[3 * row + 2] = apart;
-  }
-}
+struct Shifts {
+  T student_factor, student_shift, teacher_factor, teacher_shift;
+};
 
-// E and F become W, on both sides of the diagonal.
-template <class T>
-FASTSSL_INLINE void symmetric_weights(const LossHead<T>& head) {
+// ROWS rows of a symmetric head, whose diagonal lies in one vector, in one panel: S becomes E, T becomes F,
+// and both are summed by rows and by columns. From the diagonal on they are zero.
+template <class T, int ROWS>
+FASTSSL_INLINE void symmetric_rows(const LossHead<T>& head, const Shifts<T>& shifts, int64_t row, const T* s,
+                                   int64_t from, int64_t to) {
   constexpr int W = Simd<T>::kWidth;
-  for (int64_t i = 0; i < head.n; i += W) {
-    for (int64_t j = i; j < head.n; j += W) {
-      Vec<T> w[W], mirrored[W];
-      const Vec<T> of_student = load<T>(head.of_student + j), of_teacher = load<T>(head.of_teacher + j);
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        w[r] =
-            load<T>(head.row(i + r) + j) * (of_student + head.of_student[i + r]) -
-            load<T>(head.triangle_row(i) + r * (head.padded - i) + j) * (of_teacher + head.of_teacher[i + r]);
-        mirrored[r] = w[r];
+  const int64_t last = row / W * W;
+  T *t = head.row(row), *f_row = head.triangle_row(row);
+  Vec<T> sums[ROWS][3], own[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    own[r] = broadcast<T>(head.student[row + r]);
+    for (int c = 0; c < 3; ++c) sums[r][c] = head.sums[3 * (row + r) + c];
+  }
+  for (int64_t j = from; j <= last && j < to; j += W) {
+    Vec<T> e_column = load<T>(head.e + j), f_column = load<T>(head.f + j), apart = load<T>(head.apart + j);
+    const Vec<T> other = load<T>(head.student + j);
+#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; ++r) {
+      const Vec<T> product = load<T>(s + r * head.width + j);
+      Vec<T> e = exp2(product * shifts.student_factor - shifts.student_shift);
+      Vec<T> f = exp2(load<T>(t + r * head.stride + j) * shifts.teacher_factor - shifts.teacher_shift);
+      if (j == last) {
+        e = keep_lanes<T>(e, row + r - last, T{0});
+        f = keep_lanes<T>(f, row + r - last, T{0});
       }
-      transpose<T>(mirrored);
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        if (i == j) {
-          w[r] += mirrored[r];
-          w[r][r] = head.corner[i + r];
-        } else {
-          store<T>(head.row(j + r) + i, mirrored[r]);
-        }
-        store<T>(head.row(i + r) + j, w[r]);
-      }
+      store<T>(t + r * head.stride + j, e);
+      store<T>(f_row + r * (last + W) + j, f);
+      sums[r][0] += e;
+      sums[r][1] += f;
+      sums[r][2] += f * (own[r] - product);
+      e_column += e;
+      f_column += f;
+      apart += f * (other - product);
+    }
+    store<T>(head.e + j, e_column);
+    store<T>(head.f + j, f_column);
+    store<T>(head.apart + j, apart);
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < 3; ++c) head.sums[3 * (row + r) + c] = sums[r][c];
+}
+
+// The rows of one strip, by twos where they can be.
+template <class T>
+FASTSSL_INLINE void symmetric_strip(const LossHead<T>& head, const Shifts<T>& shifts, int64_t i, int64_t from,
+                                    int64_t to) {
+  constexpr int W = Simd<T>::kWidth;
+  const int64_t end = std::min<int64_t>(head.n, i + kTileRows);
+  for (int64_t row = i; row < end;) {
+    const T* s = head.strip + (row - i) * head.width;
+    if (row + 1 < end && (row + 1) % W != 0) {
+      symmetric_rows<T, 2>(head, shifts, row, s, from, to);
+      row += 2;
+    } else {
+      symmetric_rows<T, 1>(head, shifts, row, s, from, to);
+      ++row;
     }
   }
 }
 
-// Loss of a symmetric head, and its W if wanted; false where it needs a shift for each row.
+// W_ij of one row i and the columns j … j + W, below the diagonal.
 template <class T>
-bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool wants_gradient) {
+FASTSSL_INLINE Vec<T> symmetric_weights(const LossHead<T>& head, int64_t i, int64_t j) {
+  const Vec<T> e = load<T>(head.row(i) + j), f = load<T>(head.triangle_row(i) + j);
+  return e * (load<T>(head.of_student + j) + head.of_student[i]) -
+         f * (load<T>(head.of_teacher + j) + head.of_teacher[i]);
+}
+
+// Columns [i, i + R) of W as a panel, made of E and F, which lie below the diagonal alone: what is left of
+// the strip's own square by transposing rows, what is below it as it stands.
+template <class T>
+void panel_of_weights(const LossHead<T>& head, int64_t i, T* panel) {
+  constexpr int W = Simd<T>::kWidth, R = kTileRows, STRIDE = kStripStride<T>;
+  const int64_t count = std::min<int64_t>(R, head.n - i);
+  for (int lane = 0; lane < R; lane += W) {
+    const int64_t here = std::min<int64_t>(W, count - lane);
+    for (int64_t k = 0; k < i; k += W) {
+      Vec<T> rows[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) rows[r] = r < here ? symmetric_weights<T>(head, i + lane + r, k) : Vec<T>{};
+      transpose<T>(rows);
+      const int64_t deep = std::min<int64_t>(W, i - k);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r)
+        if (r < deep) store<T>(panel + (k + r) * STRIDE + lane, rows[r]);
+    }
+  }
+  T own[R][R];
+  for (int64_t r = 0; r < count; ++r) {
+    T row[STRIDE];
+    for (int lane = 0; lane < R; lane += W) store<T>(row + lane, symmetric_weights<T>(head, i + r, i + lane));
+    for (int64_t c = 0; c < r; ++c) own[r][c] = own[c][r] = row[c];
+    own[r][r] = head.corner[i + r];
+  }
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < count; ++c) panel[(i + r) * STRIDE + c] = own[r][c];
+  for (int64_t k = i + R; k < head.n; ++k) {
+#pragma GCC unroll 4
+    for (int lane = 0; lane < STRIDE; lane += W)
+      store<T>(panel + k * STRIDE + lane, symmetric_weights<T>(head, k, i + lane));
+  }
+}
+
+// Loss of a symmetric head, and what its W is made of; false where it needs a shift for each row.
+template <class T>
+bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h) {
   constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
   const int64_t n = op.rows, batch = h / op.heads, number = h % op.heads;
   const auto pack = [&](const LossSide& side, T* diagonal) {
     const void* x = element(side.rows, batch, number);
-    pack_rows<T, R>(head.a, x, side.rows, n, side.depth, op.normalize);
     pack_rows<T, C>(head.b, x, side.rows, n, side.depth, op.normalize);
+    for (int64_t i = 0; i < n; i += R)
+      strip_of_panels<T>(head.b, n, side.depth, i, strip_at<T>(head.a, i, side.depth));
     diagonal_of<T, C>(head.b, n, side.depth, diagonal);
     return shift_of<T>(diagonal, n, static_cast<T>(side.scale * kLog2e));
   };
-  const T student_factor = static_cast<T>(op.student.scale * kLog2e);
-  const T teacher_factor = static_cast<T>(op.teacher.scale * kLog2e);
-  const T teacher_shift = pack(op.teacher, head.teacher);
-  if (teacher_shift != teacher_shift) return false;
+  Shifts<T> shifts;
+  shifts.student_factor = static_cast<T>(op.student.scale * kLog2e);
+  shifts.teacher_factor = static_cast<T>(op.teacher.scale * kLog2e);
+  shifts.teacher_shift = pack(op.teacher, head.teacher);
+  if (shifts.teacher_shift != shifts.teacher_shift) return false;
   // One panel of b stays in the first-level cache for all strips.
   const auto for_tiles = [&](auto&& work) {
     for (int64_t j = 0; j < n; j += C) {
-      const int64_t to = std::min<int64_t>(n, j + C);
-      for (int64_t i = 0; i < to; i += R) work(i, std::max(j, i / W * W), to);
+      for (int64_t i = j / R * R; i < n; i += R) work(i, j, std::min({n, i + R, j + C}));
     }
   };
   for_tiles([&](int64_t i, int64_t from, int64_t to) {
-    strip_product<T>(op.teacher.depth, head.a + i * op.teacher.depth, head.b, from, to, head.row(i),
-                     head.stride);
+    strip_product<T>(op.teacher.depth, strip_at<T>(head.a, i, op.teacher.depth), head.b, from, to,
+                     head.row(i), head.stride);
   });
-  const T student_shift = pack(op.student, head.student);
-  if (student_shift != student_shift) return false;
+  shifts.student_shift = pack(op.student, head.student);
+  if (shifts.student_shift != shifts.student_shift) return false;
   std::fill(head.sums, head.sums + 3 * n, Vec<T>{});
   for (T* sum : {head.e, head.f, head.apart}) std::fill(sum, sum + round_up(n, W), T(0));
   for_tiles([&](int64_t i, int64_t from, int64_t to) {
-    strip_product<T>(op.student.depth, head.a + i * op.student.depth, head.b, from, to, head.strip,
+    strip_product<T>(op.student.depth, strip_at<T>(head.a, i, op.student.depth), head.b, from, to, head.strip,
                      head.width);
-    symmetric_tile<T>(head, i, from, to, student_factor, student_shift, teacher_factor, teacher_shift);
+    symmetric_strip<T>(head, shifts, i, from, to);
   });
   const T weight = static_cast<T>(op.weight * op.student.scale), scale = static_cast<T>(op.student.scale);
   for (int64_t i = 0; i < n; ++i) {
@@ -213,8 +256,8 @@ bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t
     head.e[i] = e, head.f[i] = f, head.apart[i] = apart;
   }
   for (int64_t i = 0; i < n; i += W) {
-    const Vec<T> own_e = exp2(load<T>(head.student + i) * student_factor - student_shift);
-    const Vec<T> own_f = exp2(load<T>(head.teacher + i) * teacher_factor - teacher_shift);
+    const Vec<T> own_e = exp2(load<T>(head.student + i) * shifts.student_factor - shifts.student_shift);
+    const Vec<T> own_f = exp2(load<T>(head.teacher + i) * shifts.teacher_factor - shifts.teacher_shift);
     const Vec<T> e = load<T>(head.e + i), f = load<T>(head.f + i);
     const Vec<T> of_student = weight / (own_e + e), of_teacher = weight / (own_f + f);
     store<T>(head.of_student + i, of_student);
@@ -232,7 +275,6 @@ bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t
     keep_row<T>(op, h * n + i, sum + head.apart[i], head.student[i], T(kLog2e) * sum, head.teacher[i],
                 T(kLog2e) * std::log1p(head.f[i]));
   }
-  if (wants_gradient) symmetric_weights<T>(head);
   return true;
 }
 
@@ -247,13 +289,15 @@ void any_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bo
   };
   pack(op.student);
   for (int64_t i = 0; i < n; i += R)
-    strip_product<T>(op.student.depth, head.a + i * op.student.depth, head.b, 0, m, head.row(i), head.stride);
+    strip_product<T>(op.student.depth, strip_at<T>(head.a, i, op.student.depth), head.b, 0, m, head.row(i),
+                     head.stride);
   pack(op.teacher);
   const T student_factor = static_cast<T>(op.student.scale * kLog2e);
   const T teacher_factor = static_cast<T>(op.teacher.scale * kLog2e);
   const T weight = static_cast<T>(op.weight * op.student.scale);
   for (int64_t i = 0; i < n; i += R) {
-    strip_product<T>(op.teacher.depth, head.a + i * op.teacher.depth, head.b, 0, m, head.strip, head.width);
+    strip_product<T>(op.teacher.depth, strip_at<T>(head.a, i, op.teacher.depth), head.b, 0, m, head.strip,
+                     head.width);
     for (int64_t r = 0; r < std::min<int64_t>(R, n - i); ++r) {
       T *s = head.row(i + r), *t = head.strip + r * head.width, *e = head.powers, *q = head.panel;
       const RowPair<T> row = row_pair<T>(s, t, e, q, m, student_factor, teacher_factor);
@@ -278,10 +322,11 @@ void any_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bo
   }
 }
 
-// One gradient of a head: `rows` rows, each a product of a row (or column) of the square with `other`.
+// One gradient of a head: the square, or its columns, times `other`; or W, made of the two triangles, times
+// it.
 template <class T>
-void multiply_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool by_columns,
-                   const Strided& target, const Strided& other, const Strided& out) {
+void multiply_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool of_triangles,
+                   bool by_columns, const Strided& target, const Strided& other, const Strided& out) {
   constexpr int R = kTileRows, C = kTileColumns<T>;
   const int64_t rows = by_columns ? op.columns : op.rows, inner = by_columns ? op.rows : op.columns;
   const int64_t k = op.student.depth, width = round_up(k, C), batch = h / op.heads, number = h % op.heads;
@@ -289,7 +334,9 @@ void multiply_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t 
                    head.vectors);
   for (int64_t i = 0; i < rows; i += R) {
     const int64_t count = std::min<int64_t>(R, rows - i);
-    if (by_columns || op.symmetric) {
+    if (of_triangles) {
+      panel_of_weights<T>(head, i, head.panel);
+    } else if (by_columns || op.symmetric) {
       panel_of_columns<T>(head.square, head.stride, inner, i, head.panel);
     } else {
       pack<T, R>(head.panel, head.row(i), sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, head.stride, 1,
@@ -314,12 +361,14 @@ void loss_heads(const SelfRelationLoss& op, int64_t begin, int64_t end) {
   head.lay_out(op, [&](T*& pointer, int64_t count) { pointer = scratch.take<T>(count); });
   const bool wants_gradient = op.wants_student || op.wants_columns;
   for (int64_t h = begin; h < end; ++h) {
-    if (!op.symmetric || !symmetric_head<T>(op, head, h, wants_gradient))
-      any_head<T>(op, head, h, wants_gradient);
-    if (op.wants_student)
-      multiply_head<T>(op, head, h, false, op.student.rows, op.student.columns, op.grad_student);
+    const bool of_triangles = op.symmetric && symmetric_head<T>(op, head, h);
+    if (!of_triangles) any_head<T>(op, head, h, wants_gradient);
+    if (op.wants_student) {
+      multiply_head<T>(op, head, h, of_triangles, false, op.student.rows, op.student.columns,
+                       op.grad_student);
+    }
     if (op.wants_columns)
-      multiply_head<T>(op, head, h, true, op.student.columns, op.student.rows, op.grad_columns);
+      multiply_head<T>(op, head, h, false, true, op.student.columns, op.student.rows, op.grad_columns);
   }
 }
 

@@ -25,7 +25,7 @@ struct LossStrips {
   void lay_out(const SelfRelationLoss& op, Take&& take) {
     take(student, width * op.student.depth);
     take(teacher, width * op.teacher.depth);
-    take(rows, R * std::max(op.student.depth, op.teacher.depth) + W);
+    take(rows, kStripStride<T> * std::max(op.student.depth, op.teacher.depth));
     take(s, R * width);
     take(t, R * width);
     take(e, R * width);
@@ -132,11 +132,11 @@ void loss_gradient_strips(const SelfRelationLoss& op, bool of_columns, int64_t b
   const auto lay_out = [&](auto&& take) {
     work.lay_out(op, take);
     kept.lay_out(op, take);
-    take(panel, R * inner + W);
+    take(panel, kStripStride<T> * inner);
     take(factor, inner * k_width);
     take(strip, R * k_width);
     take(inverse, op.normalize ? round_up(inner, C) : 0);
-    take(vectors, op.normalize ? k * std::max(C, R) + W : 0);
+    take(vectors, op.normalize ? k * std::max(C, kStripStride<T>) : 0);
   };
   size_t bytes = 0;
   lay_out([&](T*&, int64_t count) { bytes += Scratch::bytes_of<T>(count); });

@@ -57,21 +57,18 @@ FASTSSL_INLINE T max_lanes(Vec<T> v) {
   if constexpr (S > 1) return max_lanes<T, S / 2>(v);
   return v[0];
 }
+// The first `count` lanes of a, then those of b.
+template <class T>
+FASTSSL_INLINE Vec<T> join_lanes(Vec<T> a, Vec<T> b, int64_t count) {
+  using I = typename Simd<T>::I;
+  I lane;
+  for (int l = 0; l < Simd<T>::kWidth; ++l) lane[l] = l;
+  return lane < I{} + static_cast<decltype(lane[0] + 0)>(count) ? a : b;
+}
 // The first `count` lanes of v, then `rest`.
 template <class T>
 FASTSSL_INLINE Vec<T> keep_lanes(Vec<T> v, int64_t count, T rest) {
-  using I = typename Simd<T>::I;
-  I lane;
-  for (int l = 0; l < Simd<T>::kWidth; ++l) lane[l] = l;
-  return lane < I{} + static_cast<decltype(lane[0] + 0)>(count) ? v : broadcast<T>(rest);
-}
-// v with its first `count` lanes zero.
-template <class T>
-FASTSSL_INLINE Vec<T> drop_lanes(Vec<T> v, int64_t count) {
-  using I = typename Simd<T>::I;
-  I lane;
-  for (int l = 0; l < Simd<T>::kWidth; ++l) lane[l] = l;
-  return lane < I{} + static_cast<decltype(lane[0] + 0)>(count) ? Vec<T>{} : v;
+  return join_lanes<T>(v, broadcast<T>(rest), count);
 }
 
 // ---- element types -> T
