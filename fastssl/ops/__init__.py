@@ -1,3 +1,4 @@
 """The ops: one file each. Importing this package registers them."""
 
+from fastssl.ops import sample_tokens as sample_tokens
 from fastssl.ops import self_relation as self_relation
