@@ -14,7 +14,7 @@ def sample_tokens(x: Tensor, grid: Tensor, *, grid_size: tuple[int, int] | None 
     """
     work = torch.float64 if torch.float64 in (x.dtype, grid.dtype) else torch.float32
     sampled = F.grid_sample(feature_map(x, grid_size).to(work), grid.to(work), align_corners=False)
-    return sampled.flatten(2).transpose(1, 2).to(x.dtype)
+    return sampled.flatten(2).transpose(1, 2).to(x.dtype).contiguous()
 
 
 def feature_map(x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
