@@ -88,9 +88,8 @@ def sample_points(
     first = tl.program_id(0) // channel_blocks % point_blocks * BLOCK_POINTS
     channel = tl.program_id(0) % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     x += image * x_batch
-    y, column, fy, fx = _locate(
-        grid + image * grid_batch, first, P, height, width, grid_point, grid_xy, BLOCK_POINTS
-    )  # fmt: skip
+    grid += image * grid_batch
+    y, column, fy, fx = _locate(grid, first, P, height, width, grid_point, grid_xy, BLOCK_POINTS)
     token = _corner(x, y, column, channel, height, width, C, x_y, x_x, x_channel)
     value = ((1 - fy) * (1 - fx))[:, None] * token
     token = _corner(x, y, column + 1, channel, height, width, C, x_y, x_x, x_channel)
@@ -129,7 +128,7 @@ def sample_grad_tokens(
     total = tl.zeros([BLOCK_TOKENS, BLOCK_CHANNELS], tl.float32)
     for start in range(0, P, BLOCK_POINTS):
         y, x, fy, fx = _locate(grid, start, P, height, width, grid_point, grid_xy, BLOCK_POINTS)
-        touches = (y >= first // width - 1) & (y <= (first + BLOCK_TOKENS - 1) // width) & (y >= -1)
+        touches = (y >= first // width - 1) & (y <= (first + BLOCK_TOKENS - 1) // width)
         if tl.max(touches.to(tl.int32), 0) > 0:
             weight = _hat(row, y, fy) * _hat(column, x, fx)
             at, there = _rows(grad, start, channel, P, C, grad_point, grad_channel, BLOCK_POINTS)
@@ -172,9 +171,8 @@ def sample_grad_points(
     first = tl.program_id(0) % point_blocks * BLOCK_POINTS
     grad += image * grad_batch
     x += image * x_batch
-    y, column, fy, fx = _locate(
-        grid + image * grid_batch, first, P, height, width, grid_point, grid_xy, BLOCK_POINTS
-    )  # fmt: skip
+    grid += image * grid_batch
+    y, column, fy, fx = _locate(grid, first, P, height, width, grid_point, grid_xy, BLOCK_POINTS)
     sum_x = tl.zeros([BLOCK_POINTS, BLOCK_CHANNELS], tl.float32)
     sum_y = tl.zeros([BLOCK_POINTS, BLOCK_CHANNELS], tl.float32)
     for start in range(0, C, BLOCK_CHANNELS):

@@ -6,7 +6,7 @@ gradient of x in bfloat16 is left to the compilations of tests/test_triton_compi
 
 import pytest
 import torch
-from compare import assert_close, doubles, gradients
+from compare import assert_close, doubles, gradients, relative_error
 from sampling import check, grid_sample, make, points
 from tolerances import FORWARD
 
@@ -45,6 +45,16 @@ def test_the_shape_of_sere(dtype):
 def test_dtypes_of_the_grid(dtype, grid_dtype):
     x = make((2, 49, 35), dtype).requires_grad_(dtype != torch.bfloat16)
     run(x, points(2, 6, 5, dtype=grid_dtype))
+
+
+def test_weights_are_not_rounded_to_16_bits():
+    """What is left is the rounding of the result; weights of 16 bits would add as much again."""
+    x, grid = make((1, 49, 64), torch.float16), points(1, 9)
+    upstream = torch.randn(1, 81, 64).half()
+    (got,) = gradients(fastssl.sample_tokens(x, grid, backend="triton"), [x], upstream)
+    leaves = doubles([x, grid])
+    (truth,) = gradients(grid_sample(*leaves), leaves[:1], upstream.double())
+    assert relative_error(got, truth) <= 1.1 * relative_error(truth.half(), truth)
 
 
 def test_points_in_raster_order_over_a_part_of_the_map():

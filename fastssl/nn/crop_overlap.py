@@ -36,7 +36,8 @@ def overlap_grids(
     Returns:
         Two grids (B, k, k, 2) for `fastssl.sample_tokens`, (x, y) in [-1, 1], in float32 (float64 where a rectangle
         has it). Point (i, j) of both is the same place of the image. Crops that share no area, those that only touch
-        included, get points at (-2, -2), outside their maps.
+        included, get points at (-2, -2), outside their maps. Points on the border of a crop, at -1 or 1, are half a
+        token beyond the last centres, so that `sample_tokens` blends them with zeros.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -44,7 +45,7 @@ def overlap_grids(
 
     Runs on the rectangles' device without waiting for it. Rectangles get no gradient.
 
-    Source: SERE (arXiv 2206.05184), section 3.4.
+    Source: SERE (arXiv 2206.05184), the alignment of two views.
     """
     _check(rect_a, rect_b, size, flips)
     down, across = (size, size) if isinstance(size, int) else size

@@ -25,7 +25,7 @@ class SelfRelationHead(nn.Module):
     Args:
         dim: C, the number of channels.
 
-    Source: SERE (arXiv 2206.05184), section 3.4. One head per granularity, and a second pair for local crops, on
+    Source: SERE (arXiv 2206.05184). One head per granularity, and a second pair for local crops, on
     patch tokens without the class token, before the final norm of the backbone.
     """
 

@@ -34,10 +34,10 @@ def sample_tokens(
         x: tokens (B, N, C) of a map, in raster order and without a class token, or a feature map (B, C, h, w), which
             is not copied; float32, float64, bfloat16 or float16, any strides. Arithmetic is float32 (float64 for a
             float64 x).
-        grid: points (B, k, k', 2) as (x, y), of the same dtypes; -1 and 1 are the borders of the map. What lies
-            outside the map counts as zero, as far as half a token beyond the border; points farther out, such as
-            (-2, -2), give zero tokens. A NaN or infinite coordinate gives NaN, and no gradient to x. Where a point
-            lies is computed in float64.
+        grid: points (B, k, k', 2) as (x, y), of the same dtypes, any strides; -1 and 1 are the borders of the map.
+            Tokens outside the map count as zero: a point up to half a token beyond the border is still a part of the
+            map, those farther out, such as (-2, -2), are zero tokens. A NaN or infinite coordinate gives a token of
+            NaN, as from grid_sample on the CPU, and no gradient to x. Kernels locate points in float64.
         grid_size: (h, w) with h·w = N for the tokens of a map that is not square; None: N = h² (or the size of the
             feature map).
         backend: "reference", "cpp" or "triton" forces one; None chooses.
@@ -49,11 +49,12 @@ def sample_tokens(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, value or device, or a forced backend that cannot take the call.
 
-    Gradients for x and for the grid, which at the centre of a token is the one towards the next token. Bitwise
-    repeatable, for any number of threads. First derivatives in reverse mode only: no second derivatives, no forward
-    mode and no vmap with gradients, for which there is ``backend="reference"``.
+    Gradients for x and for the grid; at the centre of a token, where the latter jumps, it is the one towards the next
+    token. Bitwise repeatable, for any number of threads (not so the reference's gradients on CUDA, where grid_sample
+    adds them up in any order). First derivatives in reverse mode only: no second derivatives, no forward mode and no
+    vmap with gradients, for which there is ``backend="reference"``.
 
-    Source: SERE (arXiv 2206.05184), section 3.4: the alignment of two views, here before the relation, not after.
+    Source: SERE (arXiv 2206.05184), which samples the relation to align two views; here the tokens are sampled before.
     """
     args = _check(x, grid, grid_size)
     chosen = select(_call(args), backend)
