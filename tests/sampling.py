@@ -20,8 +20,8 @@ def grid_sample(x, grid, grid_size=None):
     return sampled.flatten(2).transpose(1, 2)
 
 
-def make(shape, dtype=torch.float32):
-    return torch.randn(shape).to(dtype).requires_grad_()
+def make(shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
 
 def points(batch, rows, columns=None, *, reach=1.3, dtype=torch.float32):
@@ -39,7 +39,7 @@ def check(x, grid, *, grid_size=None, backend="cpp", upstream=None):
     assert_close(out, truth, FORWARD[x.dtype], "value")
     upstream = torch.randn_like(out) if upstream is None else upstream
     got = gradients(out, [x, grid], upstream)
-    expected = gradients(truth, [x64, grid64], upstream.double())
+    expected = gradients(truth, [x64, grid64], upstream.cpu().double())
     for leaf, g, e in zip([t for t in (x, grid) if t.requires_grad], got, expected, strict=True):
         assert g.dtype == leaf.dtype
         # The grid's gradient is computed as x's is, and rounded to the grid's dtype.

@@ -218,3 +218,26 @@ def test_sampling_tokens_first_is_sampling_the_logits_of_self_relation():
     assert_close(got, expected, 1e-12)
     outside = (first == 0).all(-1)
     torch.testing.assert_close(got[:, 0][outside], torch.full_like(got[:, 0][outside], 1 / 12))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(1, 1), (14, 14), (20, 11), (56, 56)])
+@pytest.mark.parametrize("channels", [1, 33, 384])
+@pytest.mark.parametrize("layout", ["tokens", "map", "channels_last", "sliced"])
+def test_triton_on_gpu(dtype, size, channels, layout):
+    x = torch.randn(2, channels + 2, *size, device="cuda").to(dtype)
+    x = {
+        "tokens": lambda: x[:, 2:].flatten(2).transpose(1, 2).contiguous(),
+        "map": lambda: x[:, 2:].contiguous(),
+        "channels_last": lambda: x[:, 2:].contiguous(memory_format=torch.channels_last),
+        "sliced": lambda: x[:, 1:-1],
+    }[layout]()
+    grid = points(2, 13).detach().cuda().requires_grad_()
+    check(x.requires_grad_(), grid, grid_size=size, backend="triton")
+    upstream = torch.randn(2, 1, 1, device="cuda").to(dtype).expand(-1, 169, channels)
+    check(x, grid, grid_size=size, backend="triton", upstream=upstream)

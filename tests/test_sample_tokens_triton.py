@@ -57,6 +57,13 @@ def test_weights_are_not_rounded_to_16_bits():
     assert relative_error(got, truth) <= 1.1 * relative_error(truth.half(), truth)
 
 
+def test_points_of_a_large_map_are_located_in_float64():
+    """In float32 they would be off by 4e-6 of a token, and the gradient of points near a centre by all of it."""
+    x, grid = make((1, 10000, 8)), points(1, 5)
+    out, leaves = fastssl.sample_tokens(x, grid, backend="triton"), doubles([x, grid])
+    assert_close(out, grid_sample(*leaves), 2e-7)
+
+
 def test_points_in_raster_order_over_a_part_of_the_map():
     """Most tiles of points touch no row of most tiles of tokens, and are skipped."""
     ticks = torch.linspace(-0.4, 0.9, 16)
@@ -137,6 +144,15 @@ def test_only_wanted_gradients_are_computed(wanted):
     everything, parts = run(grad, x, grid, 3), run(grad, x, grid, wanted)
     for bit in (0, 1):
         assert torch.equal(parts[bit], everything[bit]) if wanted >> bit & 1 else parts[bit].shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (0, 3, 4, 6)])
+def test_opcheck(shape):
+    x, grid = torch.randn(shape), points(shape[0], 3).detach().flatten(1, 2)
+    forward, backward = torch.ops.fastssl.sample_tokens_forward_triton, torch.ops.fastssl.sample_tokens_backward_triton
+    torch.library.opcheck(forward, (x, grid))
+    for wanted in (1, 2, 3):
+        torch.library.opcheck(backward, (torch.randn_like(forward(x, grid)), x, grid, wanted))
 
 
 def test_repeatable_and_leaves_its_inputs_alone():
