@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastssl, m) {
+  m.def("sample_tokens_forward(Tensor x, Tensor grid) -> Tensor");
+  m.def("sample_tokens_backward(Tensor grad, Tensor x, Tensor grid, int wanted) -> (Tensor, Tensor)");
   m.def(
       "self_relation_forward(Tensor x, Tensor columns, int channel, int num_heads, float scale, int "
       "normalize, "

@@ -1,9 +1,20 @@
 """fastssl: fused kernels for self-supervised vision transformers. `python -m fastssl info` says what runs where."""
 
+from fastssl import nn
 from fastssl._backends import Explanation, explain, use_backend
+from fastssl.ops.sample_tokens import sample_tokens
 from fastssl.ops.self_relation import self_relation
 from fastssl.ops.self_relation_loss import self_relation_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "__version__", "explain", "self_relation", "self_relation_loss", "use_backend"]
+__all__ = [
+    "Explanation",
+    "__version__",
+    "explain",
+    "nn",
+    "sample_tokens",
+    "self_relation",
+    "self_relation_loss",
+    "use_backend",
+]

@@ -75,3 +75,32 @@ def tokens(op: str, name: str, value: torch.Tensor) -> torch.Tensor:
     if value.dim() != 3:
         raise ValueError(f"{op}: {name} must be (B, N, C) or (B, C, h, w), got {shape(value)}")
     return value
+
+
+def map_of_tokens(op: str, name: str, value: torch.Tensor, grid_size: Any) -> torch.Tensor:
+    """(B,N,C) or (B,C,h,w) as a (B,h,w,C) view; tokens without a `grid_size` (h, w) are those of a square map."""
+    if value.dim() not in (3, 4):
+        raise ValueError(f"{op}: {name} must be (B, N, C) or (B, C, h, w), got {shape(value)}")
+    if grid_size is not None:
+        if not isinstance(grid_size, tuple | list) or not all(type(n) is int for n in grid_size):
+            raise TypeError(f"{op}: grid_size must be None or two ints (h, w), got {grid_size!r}")
+        if len(grid_size) != 2 or min(grid_size) < 1:
+            raise ValueError(f"{op}: grid_size must be None or two ints (h, w) of at least 1, got {tuple(grid_size)}")
+    if value.dim() == 4:
+        size = (value.shape[2], value.shape[3])
+        if grid_size is not None and tuple(grid_size) != size:
+            raise ValueError(f"{op}: grid_size must be None or (h, w) = {size} of {name}, got {tuple(grid_size)}")
+        if size[0] < 1 or size[1] < 1:
+            raise ValueError(f"{op}: {name} must have at least one token, got {shape(value)}")
+        return value.permute(0, 2, 3, 1)
+    length = value.shape[1]
+    if length < 1:
+        raise ValueError(f"{op}: {name} must have at least one token, got {shape(value)}")
+    if grid_size is None:
+        side = int(length**0.5 + 0.5)  # not math.isqrt: torch.compile traces this for a symbolic length
+        if side * side != length:
+            raise ValueError(f"{op}: {name} must have N = h² tokens where grid_size is None, got N = {length}")
+        return value.unflatten(1, (side, side))
+    if grid_size[0] * grid_size[1] != length:
+        raise ValueError(f"{op}: grid_size must be (h, w) with h·w = N = {length} of {name}, got {tuple(grid_size)}")
+    return value.unflatten(1, (grid_size[0], grid_size[1]))

@@ -13,6 +13,10 @@ class Choice(NamedTuple):
 
 
 PREFERENCE: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "sample_tokens": {
+        "cpu": (Choice("cpp", "unmeasured: make bench"),),
+        "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
+    },
     "self_relation": {
         "cpu": (Choice("cpp", "3.3 times as fast as eager forward, 3.0 with backward: benches/results"),),
         "cuda": (

@@ -10,6 +10,10 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from fastssl import _library
+
+CPU_PATHS = list(_library.module.supported_cpu_paths()) if _library.loaded() else []
+
 collect_ignore_glob = ["*.cpp", "*.h"]
 
 
@@ -28,6 +32,17 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=CPU_PATHS or ["none"])
+def cpu_path(request):
+    """Each code path of the CPU kernels that this processor runs, in turn."""
+    if not _library.loaded():
+        pytest.skip(_library.why_not)
+    before = _library.module.cpu_path()
+    assert _library.module.use_cpu_path(request.param)
+    yield request.param
+    _library.module.use_cpu_path(before)
 
 
 def pytest_terminal_summary(terminalreporter):

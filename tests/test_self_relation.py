@@ -12,7 +12,6 @@ from fastssl import _library
 from fastssl.reference.self_relation import self_relation as reference
 
 CUDA = torch.cuda.is_available()
-CPU_PATHS = list(_library.module.supported_cpu_paths()) if _library.loaded() else []
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 needs_library = pytest.mark.skipif(not _library.loaded(), reason=_library.why_not or "")
 
@@ -37,17 +36,6 @@ def check(x, columns=None, *, backend="cpp", tolerance=None, upstream=None, **kw
         coarser = max(GRADIENT[leaf.dtype], GRADIENT[x.dtype])  # the relation that is saved has x's dtype
         assert_close(g, e, tolerance or coarser, f"gradient of {name}")
     return out
-
-
-@pytest.fixture(params=CPU_PATHS or ["none"])
-def cpu_path(request):
-    """Each code path that this processor runs, in turn."""
-    if not _library.loaded():
-        pytest.skip(_library.why_not)
-    before = _library.module.cpu_path()
-    assert _library.module.use_cpu_path(request.param)
-    yield request.param
-    _library.module.use_cpu_path(before)
 
 
 # ---- values and gradients --------------------------------------------------------------------------------------
