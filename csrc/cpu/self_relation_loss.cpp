@@ -20,7 +20,7 @@ struct LossSide {
   double scale = 0;
 };
 
-// One call. loss: (batch, heads, rows), stats: (4, batch, heads, rows), contiguous, both of the type of
+// One call. loss: (batch, heads, rows), stats: (6, batch, heads, rows), contiguous, both of the type of
 // arithmetic.
 struct SelfRelationLoss {
   LossSide student, teacher;
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& student, const 
                                  student_scale, teacher_scale, normalize, symmetric);
   const ScalarType type = arithmetic_of(student, teacher, student_columns, teacher_columns);
   Tensor loss = torch::stable::new_empty(student, {op.batch, op.heads, op.rows}, type);
-  Tensor stats = torch::stable::new_empty(student, {4, op.batch, op.heads, op.rows}, type);
+  Tensor stats = torch::stable::new_empty(student, {6, op.batch, op.heads, op.rows}, type);
   auto [grad_student, grad_columns] = new_gradients(op, student, student_columns, channel, wanted);
   const int64_t heads = op.batch * op.heads, items = heads * op.rows;
   if (items == 0) {
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& weights, const Tensor& stats, 
   STD_TORCH_CHECK(weights.dim() == 3 && weights.size(0) == op.batch && weights.size(1) == op.heads &&
                       weights.size(2) == op.rows && weights.scalar_type() == type,
                   "self_relation_loss: weights must be (B, H, R) in the loss's dtype");
-  STD_TORCH_CHECK(stats.is_contiguous() && stats.numel() == 4 * op.batch * op.heads * op.rows &&
+  STD_TORCH_CHECK(stats.is_contiguous() && stats.numel() == 6 * op.batch * op.heads * op.rows &&
                       stats.scalar_type() == type,
                   "self_relation_loss: stats must be those of the forward");
   auto [grad_student, grad_columns] = new_gradients(op, student, student_columns, channel, wanted);

@@ -60,11 +60,21 @@ FASTSSL_INLINE SoftRow<T> soft_row(const T* s, T* powers, int64_t n, T factor) {
   return row;
 }
 
-// One row of student and teacher.
+// One row of student and teacher. Its pivot is the student's; the teacher's powers are split at the same
+// place.
 template <class T>
 struct RowPair {
   SoftRow<T> student, teacher;
   T loss;
+  T teacher_own, teacher_rest;  // Q of the pivot, and of all others together, times the sum of the powers
+
+  // dS of the pivot: minus the sum of all others where those are the smaller part of the row, since their
+  // rounding then is the smaller one, or the plain difference.
+  FASTSSL_INLINE T gradient() const {
+    const T s = 1 / (1 + student.rest), t = 1 / (1 + teacher.rest);
+    const T rest = student.rest * s, other_rest = teacher_rest * t;
+    return rest + other_rest < 1 ? other_rest - rest : s - teacher_own * t;
+  }
 };
 // e and q: the powers of s and t. They may not be s and t.
 template <class T>
@@ -82,49 +92,46 @@ FASTSSL_INLINE RowPair<T> row_pair(const T* s, const T* t, T* e, T* q, int64_t n
   apart += load<T>(q + whole) * keep_lanes<T>(top - load<T>(s + whole) * sign, n - whole, T{0});
   const T sum = sum_lanes<T>(apart) + (top - s[row.teacher.pivot] * sign);
   row.loss = std::log1p(row.student.rest) + size * sum / (1 + row.teacher.rest);
+  const bool same = row.student.pivot == row.teacher.pivot;
+  row.teacher_own = same ? T(1) : q[row.student.pivot];
+  row.teacher_rest = same ? row.teacher.rest : 1 + (row.teacher.rest - row.teacher_own);
   return row;
 }
 
-// dS of that row, times `weight`; zero from n to the end of the last vector. `ds` may be e. At the pivot it
-// is minus the sum of all others where those are the smaller part of the row: their rounding then is the
-// smaller one.
+// dS of that row, times `weight`; zero from n to the end of the last vector. `ds` may be e.
 template <class T>
 FASTSSL_INLINE void gradient_row(const RowPair<T>& row, const T* e, T* q, T* ds, int64_t n, T weight) {
   constexpr int W = Simd<T>::kWidth;
   const T of_student = weight / (1 + row.student.rest), of_teacher = weight / (1 + row.teacher.rest);
-  const int64_t p = row.student.pivot;
-  T own_teacher = of_teacher;
-  if (row.teacher.pivot != p) {
-    own_teacher = q[p] * of_teacher;
-    q[p] = T(0);
-    q[row.teacher.pivot] = T(1);
-  }
-  Vec<T> total{};
-  for (int64_t j = 0; j < n; j += W) {
-    const Vec<T> d = load<T>(e + j) * of_student - load<T>(q + j) * of_teacher;
-    store<T>(ds + j, d);
-    total += d;
-  }
-  const bool saturated = std::abs(of_student + own_teacher) > std::abs(weight);
-  ds[p] = saturated ? -sum_lanes<T>(total) : of_student - own_teacher;
+  q[row.teacher.pivot] = T(1);
+  for (int64_t j = 0; j < n; j += W)
+    store<T>(ds + j, load<T>(e + j) * of_student - load<T>(q + j) * of_teacher);
+  ds[row.student.pivot] = weight * row.gradient();
 }
 
-// What the backward needs of a row, beside the tokens: op.stats[0 … 3].
+// What the backward needs of a row, beside the tokens; op.stats has one matrix of rows for each.
 template <class T>
-FASTSSL_INLINE void keep_row(const SelfRelationLoss& op, int64_t item, T loss, T student_top, T student_sum,
-                             T teacher_top, T teacher_sum) {
+struct KeptRow {
+  T student_top, student_sum, teacher_top, teacher_sum;  // P_ij = 2^(f·(s_ij − top) − sum)
+  T pivot, pivot_gradient;                               // its index, exact up to 2^24 in float, and dS there
+};
+constexpr int kKeptNumbers = 6;
+
+template <class T>
+FASTSSL_INLINE void keep_row(const SelfRelationLoss& op, int64_t item, T loss, const KeptRow<T>& kept) {
   const int64_t all = op.batch * op.heads * op.rows;
-  T* stats = static_cast<T*>(op.stats) + item;
+  const T numbers[kKeptNumbers] = {kept.student_top, kept.student_sum, kept.teacher_top,
+                                   kept.teacher_sum, kept.pivot,       kept.pivot_gradient};
   static_cast<T*>(op.loss)[item] = loss;
-  stats[0] = student_top;
-  stats[all] = student_sum;
-  stats[2 * all] = teacher_top;
-  stats[3 * all] = teacher_sum;
+  for (int i = 0; i < kKeptNumbers; ++i) static_cast<T*>(op.stats)[item + i * all] = numbers[i];
 }
 template <class T>
 FASTSSL_INLINE void keep_row(const SelfRelationLoss& op, int64_t item, const RowPair<T>& row) {
-  keep_row<T>(op, item, row.loss, row.student.top, T(kLog2e) * std::log1p(row.student.rest), row.teacher.top,
-              T(kLog2e) * std::log1p(row.teacher.rest));
+  const T student_sum = T(kLog2e) * std::log1p(row.student.rest);
+  const T teacher_sum = T(kLog2e) * std::log1p(row.teacher.rest);
+  keep_row<T>(op, item, row.loss,
+              {row.student.top, student_sum, row.teacher.top, teacher_sum, static_cast<T>(row.student.pivot),
+               row.gradient()});
 }
 
 }  // namespace fastssl::cpu::FASTSSL_ISA

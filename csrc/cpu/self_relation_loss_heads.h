@@ -262,7 +262,7 @@ bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t
     const Vec<T> of_student = weight / (own_e + e), of_teacher = weight / (own_f + f);
     store<T>(head.of_student + i, of_student);
     store<T>(head.of_teacher + i, of_teacher);
-    // As in gradient_row: minus the sum of all others, or the plain difference.
+    // As in RowPair::gradient: minus the sum of all others, or the plain difference.
     const Vec<T> own_p = own_e * of_student, own_q = own_f * of_teacher, p = e * of_student,
                  q = f * of_teacher;
     store<T>(head.corner + i, T(2) * (p + q < own_p + own_q ? q - p : own_p - own_q));
@@ -272,8 +272,9 @@ bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t
   }
   for (int64_t i = 0; i < n; ++i) {
     const T sum = std::log1p(head.e[i]);
-    keep_row<T>(op, h * n + i, sum + head.apart[i], head.student[i], T(kLog2e) * sum, head.teacher[i],
-                T(kLog2e) * std::log1p(head.f[i]));
+    keep_row<T>(op, h * n + i, sum + head.apart[i],
+                {head.student[i], T(kLog2e) * sum, head.teacher[i], T(kLog2e) * std::log1p(head.f[i]),
+                 static_cast<T>(i), head.corner[i] / (2 * weight)});
   }
   return true;
 }

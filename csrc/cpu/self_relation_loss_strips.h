@@ -5,7 +5,7 @@
 // The gradient of a strip of rows, and where symmetric of the same strip of columns:
 //   dX_i = s_s Σ_j dS_ij Xc_j (+ s_s Σ_j dS_ji X_j),   dXc_j = s_s Σ_i dS_ij X_i.
 // A row's own terms come from the row itself; those of other rows from what the forward kept of them,
-//   P_ji = 2^((S_ji − top_j)·f − log2 Σ_k 2^((S_jk − top_j)·f)).
+//   P_ji = 2^((S_ji − top_j)·f − log2 Σ_k 2^((S_jk − top_j)·f)), dS at the pivot as it is.
 
 namespace fastssl::cpu::FASTSSL_ISA {
 
@@ -81,37 +81,34 @@ void loss_strips(const SelfRelationLoss& op, int64_t begin, int64_t end) {
 // What the forward kept of the rows of one head, and their weights, in memory of whole vectors.
 template <class T>
 struct KeptRows {
-  T *student_top = nullptr, *student_sum = nullptr, *teacher_top = nullptr, *teacher_sum = nullptr,
-    *weight = nullptr;
+  T *numbers[kKeptNumbers] = {}, *weight = nullptr;
   T student_factor, teacher_factor;
 
   template <class Take>
   void lay_out(const SelfRelationLoss& op, Take&& take) {
     const int64_t size = round_up(op.rows, Simd<T>::kWidth);
-    for (T** pointer : {&student_top, &student_sum, &teacher_top, &teacher_sum, &weight})
-      take(*pointer, size);
+    for (T*& pointer : numbers) take(pointer, size);
+    take(weight, size);
   }
   void read(const SelfRelationLoss& op, int64_t h) const {
     const int64_t n = op.rows, all = op.batch * op.heads * n;
     const T* stats = static_cast<const T*>(op.stats) + h * n;
-    T* to[4] = {student_top, student_sum, teacher_top, teacher_sum};
-    for (int i = 0; i < 4; ++i) {
-      std::copy(stats + i * all, stats + i * all + n, to[i]);
-      std::fill(to[i] + n, to[i] + round_up(n, Simd<T>::kWidth), T(0));
+    for (int i = 0; i < kKeptNumbers; ++i) {
+      std::copy(stats + i * all, stats + i * all + n, numbers[i]);
+      std::fill(numbers[i] + n, numbers[i] + round_up(n, Simd<T>::kWidth), T(0));
     }
     const Strided& m = op.weights;
     const T* from = static_cast<const T*>(element(m, h / op.heads, h % op.heads));
     for (int64_t i = 0; i < n; ++i) weight[i] = from[i * m.row_stride] * static_cast<T>(op.student.scale);
     std::fill(weight + n, weight + round_up(n, Simd<T>::kWidth), T(0));
   }
-  // dS of rows j … j + W, given their products with one other row.
-  FASTSSL_INLINE Vec<T> gradient(Vec<T> s, Vec<T> t, int64_t j) const {
+  // dS of rows j … j + W in column `column`, given their products with it.
+  FASTSSL_INLINE Vec<T> gradient(Vec<T> s, Vec<T> t, int64_t j, int64_t column) const {
     const T s_sign = student_factor < 0 ? T(-1) : T(1), t_sign = teacher_factor < 0 ? T(-1) : T(1);
-    const Vec<T> p =
-        exp2((s * s_sign - load<T>(student_top + j)) * (student_factor * s_sign) - load<T>(student_sum + j));
-    const Vec<T> q =
-        exp2((t * t_sign - load<T>(teacher_top + j)) * (teacher_factor * t_sign) - load<T>(teacher_sum + j));
-    return load<T>(weight + j) * (p - q);
+    const auto at = [&](int i) { return load<T>(numbers[i] + j); };
+    const Vec<T> p = exp2((s * s_sign - at(0)) * (student_factor * s_sign) - at(1));
+    const Vec<T> q = exp2((t * t_sign - at(2)) * (teacher_factor * t_sign) - at(3));
+    return load<T>(weight + j) * (at(4) == broadcast<T>(static_cast<T>(column)) ? at(5) : p - q);
   }
 };
 
@@ -159,16 +156,14 @@ void loss_gradient_strips(const SelfRelationLoss& op, bool of_columns, int64_t b
       T* ds = work.e + r * work.width;
       if (of_columns) {
         for (int64_t j = 0; j < inner; j += W)
-          store<T>(ds + j, kept.gradient(load<T>(s + j), load<T>(t + j), j));
+          store<T>(ds + j, kept.gradient(load<T>(s + j), load<T>(t + j), j, i + r));
         continue;
       }
       const RowPair<T> row = row_pair<T>(s, t, ds, work.q, inner, kept.student_factor, kept.teacher_factor);
       gradient_row<T>(row, ds, work.q, ds, inner, kept.weight[i + r]);
       if (op.symmetric) {
-        const T own = ds[i + r];
         for (int64_t j = 0; j < inner; j += W)
-          store<T>(ds + j, load<T>(ds + j) + kept.gradient(load<T>(s + j), load<T>(t + j), j));
-        ds[i + r] = 2 * own;
+          store<T>(ds + j, load<T>(ds + j) + kept.gradient(load<T>(s + j), load<T>(t + j), j, i + r));
       }
     }
     pack<T, R>(panel, work.e, sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, work.width, 1, count, inner);

@@ -2,5 +2,6 @@
 
 from fastssl.nn.crop_overlap import overlap_grids
 from fastssl.nn.self_relation_head import SelfRelationHead
+from fastssl.nn.self_relation_loss import SelfRelationLoss
 
-__all__ = ["SelfRelationHead", "overlap_grids"]
+__all__ = ["SelfRelationHead", "SelfRelationLoss", "overlap_grids"]

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
+from fastssl.ops._relation import relation_of
 from fastssl.reference.self_relation import self_relation as _reference
 
 _OP = "self_relation"
@@ -101,35 +102,9 @@ def _check(x: Any, kind: Any, num_heads: Any, scale: Any, temp: Any, columns: An
     _checks.check_count(_OP, "num_heads", num_heads)
     _checks.check_number(_OP, "temp", temp, positive=True)
     _checks.check_flag(_OP, "normalize", normalize)
-    rows = _checks.tokens(_OP, "x", x)
-    batch, length, width = rows.shape
-    if width < 1 or width % num_heads != 0:
-        raise ValueError(f"{_OP}: num_heads must divide the C channels of x, got {num_heads} for C = {width}")
-    needs_grad = x.requires_grad
-    cols = None
-    if columns is not None and columns is not x:
-        _checks.check_tensor(_OP, "columns", columns)
-        _checks.check_same_device(_OP, "columns", columns, "x", x)
-        cols = _checks.tokens(_OP, "columns", columns)
-        if cols.shape[0] != batch or cols.shape[2] != width:
-            raise ValueError(
-                f"{_OP}: columns must have x's batch and channels (B = {batch}, C = {width}), "
-                f"got {_checks.shape(columns)}"
-            )
-        if kind == "channel" and cols.shape[1] != length:
-            raise ValueError(
-                f"{_OP}: columns must have x's number of tokens (N = {length}) for kind='channel', got {cols.shape[1]}"
-            )
-        if kind == "pixel" and cols.shape[1] < 1:
-            raise ValueError(f"{_OP}: columns must have at least one token, got {_checks.shape(columns)}")
-        needs_grad = needs_grad or columns.requires_grad
-    if scale is None:
-        scale = (width // num_heads) ** -0.5 if kind == "pixel" else 1.0 / max(length, 1)
-    else:
-        _checks.check_number(_OP, "scale", scale)
-    factor = scale / temp
-    if not _checks.is_finite(factor):
-        raise ValueError(f"{_OP}: scale / temp must be a finite number, got {scale} / {temp}")
+    names = ("x", "columns", "temp")
+    rows, cols, factor = relation_of(_OP, names, x, columns, kind == "channel", num_heads, scale, temp)
+    needs_grad = x.requires_grad or (cols is not None and cols.requires_grad)
     return _Args(
         rows,
         cols,

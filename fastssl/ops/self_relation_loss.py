@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
+from fastssl.ops._relation import relation_of
 from fastssl.reference.self_relation_loss import self_relation_loss as _reference
 
 _OP = "self_relation_loss"
@@ -105,19 +107,14 @@ def self_relation_loss(
             normalize=normalize,
             reduction=reduction,
         )
-    symmetric = args.student_columns is None and args.teacher_columns is None
-    student_cols = args.student if args.student_columns is None else args.student_columns
-    teacher_cols = args.teacher if args.teacher_columns is None else args.teacher_columns
-    tensors = (args.student, args.teacher.detach(), student_cols, teacher_cols.detach())
+    tensors = (args.student, args.teacher.detach(), args.student_columns, _detached(args.teacher_columns))
     mean = reduction == "mean"
     # Forward-mode derivatives would be lost in a raw operator; the Function refuses them.
     if args.needs_grad or torch.autograd.forward_ad._current_level >= 0:
-        wanted = int(args.student.requires_grad) + 2 * int(student_cols.requires_grad and not symmetric)
         eager = mean and _in_one_pass(chosen, args)
-        numbers = (*args.numbers, int(symmetric), wanted)
-        result: Tensor = _SelfRelationLoss.apply(*tensors, *numbers, mean, eager, chosen)[0]
+        result: Tensor = _SelfRelationLoss.apply(*tensors, *args.numbers, args.wanted(), mean, eager, chosen)[0]
         return result
-    loss = _forward(chosen, *tensors, *args.numbers, int(symmetric), 0)[0]
+    loss = _forward(chosen, *_pairs(*tensors), *args.numbers, 0)[0]
     return _mean(loss) if mean else loss
 
 
@@ -128,8 +125,14 @@ class _Args(NamedTuple):
     teacher: Tensor  # (B, N', C'), any strides
     student_columns: Tensor | None  # (B, M, C), any strides; None: student itself
     teacher_columns: Tensor | None
-    numbers: tuple[int, int, float, float, int]  # channel, num_heads, student's and teacher's scale/temp, normalize
+    #: channel, num_heads, student's and teacher's scale / temp, normalize, symmetric: as the raw operators take them
+    numbers: tuple[int, int, float, float, int, int]
     needs_grad: bool
+
+    def wanted(self) -> int:
+        """Which gradients: of the student's rows 1, of its columns 2, which may be the same tensor."""
+        columns = self.student if self.student_columns is None else self.student_columns
+        return int(self.student.requires_grad) + 2 * int(columns.requires_grad and not self.numbers[5])
 
     def rows_columns_depth(self) -> tuple[int, int, int]:
         """R, M and K of the student's relation."""
@@ -164,11 +167,13 @@ def _check(
     _checks.check_number(_OP, "teacher_temp", teacher_temp, positive=True)
     _checks.check_flag(_OP, "normalize", normalize)
     channel = kind == "channel"
-    student_rows, student_cols, student_scale = _side(
-        "student", student, student_columns, channel, num_heads, scale, student_temp
+    student_names = ("student", "student_columns", "student_temp")
+    student_rows, student_cols, student_scale = relation_of(
+        _OP, student_names, student, student_columns, channel, num_heads, scale, student_temp
     )
-    teacher_rows, teacher_cols, teacher_scale = _side(
-        "teacher", teacher, teacher_columns, channel, num_heads, scale, teacher_temp
+    teacher_names = ("teacher", "teacher_columns", "teacher_temp")
+    teacher_rows, teacher_cols, teacher_scale = relation_of(
+        _OP, teacher_names, teacher, teacher_columns, channel, num_heads, scale, teacher_temp
     )
     if teacher_rows.shape[0] != student_rows.shape[0]:
         raise ValueError(
@@ -191,51 +196,16 @@ def _check(
             raise ValueError(
                 f"{_OP}: teacher_columns must give as many columns as student_columns (M = {wanted}), got {got}"
             )
+    symmetric = int(student_cols is None and teacher_cols is None)
     needs_grad = student.requires_grad or (student_cols is not None and student_cols.requires_grad)
     return _Args(
         student_rows,
         teacher_rows,
         student_cols,
         teacher_cols,
-        (int(channel), num_heads, student_scale, teacher_scale, int(normalize)),
+        (int(channel), num_heads, student_scale, teacher_scale, int(normalize), symmetric),
         needs_grad and torch.is_grad_enabled(),
     )
-
-
-def _side(
-    name: str, rows: Tensor, columns: Any, channel: bool, num_heads: int, scale: Any, temp: float
-) -> tuple[Tensor, Tensor | None, float]:
-    """Rows and columns of one of the two as (B, N, C), and its scale / temp."""
-    x = _checks.tokens(_OP, name, rows)
-    batch, length, width = x.shape
-    if width < 1 or width % num_heads != 0:
-        raise ValueError(f"{_OP}: num_heads must divide the C channels of {name}, got {num_heads} for C = {width}")
-    cols = None
-    if columns is not None and columns is not rows:
-        argument = f"{name}_columns"
-        _checks.check_tensor(_OP, argument, columns)
-        _checks.check_same_device(_OP, argument, columns, name, rows)
-        cols = _checks.tokens(_OP, argument, columns)
-        if cols.shape[0] != batch or cols.shape[2] != width:
-            raise ValueError(
-                f"{_OP}: {argument} must have {name}'s batch and channels (B = {batch}, C = {width}), "
-                f"got {_checks.shape(columns)}"
-            )
-        if channel and cols.shape[1] != length:
-            raise ValueError(
-                f"{_OP}: {argument} must have {name}'s number of tokens (N = {length}) for kind='channel', "
-                f"got {cols.shape[1]}"
-            )
-        if not channel and cols.shape[1] < 1:
-            raise ValueError(f"{_OP}: {argument} must have at least one token, got {_checks.shape(columns)}")
-    if scale is None:
-        scale = 1.0 / max(length, 1) if channel else (width // num_heads) ** -0.5
-    else:
-        _checks.check_number(_OP, "scale", scale)
-    factor = scale / temp
-    if not _checks.is_finite(factor):
-        raise ValueError(f"{_OP}: scale / {name}_temp must be a finite number, got {scale} / {temp}")
-    return x, cols, factor
 
 
 def _describe(
@@ -279,8 +249,8 @@ def _call(args: _Args) -> Call:
 
 
 #: Up to this many elements the CPU kernel keeps the logits' gradient of one head in a core's second-level cache, and
-#: computes loss and gradient in one pass; as in csrc/cpu/self_relation_loss.cpp.
-ONE_PASS_CPP = 160 * 1024
+#: computes loss and gradient in one pass, if there are this many heads; as in csrc/cpu/self_relation_loss.cpp.
+ONE_PASS_CPP, ONE_PASS_CPP_HEADS = 160 * 1024, 8
 #: Up to this many rows and columns, and this depth, the Triton kernel does so in one program.
 ONE_PASS_TRITON, ONE_PASS_TRITON_DEPTH = 256, 64
 
@@ -297,7 +267,8 @@ def _in_one_pass(backend: str, args: _Args) -> bool:
     ):
         return False
     if backend == "cpp":
-        return rows * columns <= ONE_PASS_CPP
+        heads = args.student.shape[0] * args.numbers[1]
+        return rows * columns <= ONE_PASS_CPP and heads >= ONE_PASS_CPP_HEADS
     return max(rows, columns) <= ONE_PASS_TRITON and depth <= ONE_PASS_TRITON_DEPTH
 
 
@@ -306,6 +277,22 @@ def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     run = ops.self_relation_loss_forward if backend == "cpp" else ops.self_relation_loss_forward_triton
     results: tuple[Tensor, Tensor, Tensor, Tensor] = run(*arguments)
     return results
+
+
+def _pairs(
+    student: Tensor, teacher: Tensor, student_columns: Tensor | None, teacher_columns: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the raw operators take them: rows that are their own columns twice."""
+    return (
+        student,
+        teacher,
+        student if student_columns is None else student_columns,
+        teacher if teacher_columns is None else teacher_columns,
+    )
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _mean(loss: Tensor) -> Tensor:
@@ -322,8 +309,8 @@ class _SelfRelationLoss(torch.autograd.Function):
     def forward(
         student: Tensor,
         teacher: Tensor,
-        student_columns: Tensor,
-        teacher_columns: Tensor,
+        student_columns: Tensor | None,
+        teacher_columns: Tensor | None,
         channel: int,
         num_heads: int,
         student_scale: float,
@@ -335,10 +322,10 @@ class _SelfRelationLoss(torch.autograd.Function):
         eager: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = (student, teacher, student_columns, teacher_columns)
+        tensors = _pairs(student, teacher, student_columns, teacher_columns)
         numbers = (channel, num_heads, student_scale, teacher_scale, normalize, symmetric)
-        loss, *saved = _forward(backend, *tensors, *numbers, wanted if eager else 0)
-        return _mean(loss) if mean else loss, *saved
+        loss, stats, grad_student, grad_columns = _forward(backend, *tensors, *numbers, wanted if eager else 0)
+        return _mean(loss) if mean else loss, stats, grad_student, grad_columns
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -359,6 +346,8 @@ class _SelfRelationLoss(torch.autograd.Function):
         *tensors, stats = ctx.saved_tensors[:5]
         if grad is None:
             return (None,) * 14
+        own_columns = tensors[2] is None
+        tensors = _pairs(*tensors)
         if ctx.eager:
             if torch.compiler.is_compiling():
                 gradients = ctx.saved_tensors[5:]
@@ -375,6 +364,8 @@ class _SelfRelationLoss(torch.autograd.Function):
             run = ops.self_relation_loss_backward if ctx.backend == "cpp" else ops.self_relation_loss_backward_triton
             results = run(weights, stats, *tensors, *ctx.numbers, ctx.wanted)
         grad_student, grad_columns = (g if ctx.wanted & bit else None for g, bit in zip(results, (1, 2), strict=True))
+        if own_columns and grad_student is not None and grad_columns is not None:
+            grad_student, grad_columns = grad_student + grad_columns, None
         return (grad_student, None, grad_columns) + (None,) * 11
 
 
@@ -399,25 +390,15 @@ _FORWARD = f"self_relation_loss_forward({_ARGUMENTS}) -> (Tensor, Tensor, Tensor
 _BACKWARD = f"self_relation_loss_backward(Tensor weights, Tensor stats, {_ARGUMENTS}) -> (Tensor, Tensor)"
 
 
-def _fake_forward(
-    student: Tensor,
-    teacher: Tensor,
-    student_columns: Tensor,
-    teacher_columns: Tensor,
-    channel: int,
-    num_heads: int,
-    student_scale: float,
-    teacher_scale: float,
-    normalize: int,
-    symmetric: int,
-    wanted: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(kept: int, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """kept: how many numbers per row a backend saves for its backward."""
+    teacher, student_columns, teacher_columns, channel, num_heads, *_, wanted = arguments
     batch, length, width = student.shape
     rows = width // num_heads if channel else length
     double = torch.float64 in (student.dtype, teacher.dtype, student_columns.dtype, teacher_columns.dtype)
     dtype = torch.float64 if double else torch.float32
     loss = student.new_empty((batch, num_heads, rows), dtype=dtype)
-    stats = student.new_empty((2, batch, num_heads, rows), dtype=dtype)
+    stats = student.new_empty((kept, batch, num_heads, rows), dtype=dtype)
     return loss, stats, *_fake_gradients(student, student_columns, wanted)
 
 
@@ -444,9 +425,9 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
     return backward(*args)
 
 
-_library.register_fake("self_relation_loss_forward", _fake_forward)
+_library.register_fake("self_relation_loss_forward", partial(_fake_forward, 6))
 _library.register_fake("self_relation_loss_backward", _fake_backward)
-_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, _fake_forward)
+_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, partial(_fake_forward, 2))
 _library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
 
 register(

@@ -1,0 +1,398 @@
+"""The contract around self_relation_loss: autograd, compilation, threads, memory, bad input, and its module."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from compare import gradients
+
+import fastssl
+from fastssl import _library
+from fastssl.nn import SelfRelationLoss
+
+needs_library = pytest.mark.skipif(not _library.loaded(), reason=_library.why_not or "")
+KINDS = pytest.mark.parametrize("kind", ["pixel", "channel"])
+COLUMNS = pytest.mark.parametrize("columns", [False, True], ids=["symmetric", "columns"])
+
+
+def make(*shape, dtype=torch.float32, grad=True):
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def arguments(batch, columns, length=9, width=8, dtype=torch.float32):
+    given = {"student": make(batch, length, width, dtype=dtype), "teacher": torch.randn(batch, length, width).to(dtype)}
+    if columns:
+        others = length + 2
+        given["student_columns"] = make(batch, others, width, dtype=dtype)
+        given["teacher_columns"] = torch.randn(batch, others, width).to(dtype)
+    return given
+
+
+def leaves(given):
+    return [given[name] for name in ("student", "student_columns") if name in given]
+
+
+# ---- repeatability, autograd, compilation ----------------------------------------------------------------------
+
+
+@needs_library
+@KINDS
+@COLUMNS
+@pytest.mark.parametrize("shape", [(1, 97, 66), (9, 50, 66), (2, 420, 66)], ids=["few", "one-pass", "long"])
+def test_same_bits_for_any_number_of_threads(cpu_path, kind, columns, shape):
+    given = dict(student=make(*shape), teacher=torch.randn(shape))
+    if columns:
+        given |= dict(student_columns=make(*shape), teacher_columns=torch.randn(shape))
+    results = []
+    for threads in (1, 2, 3, 1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for reduction in ("mean", "none"):
+            loss = fastssl.self_relation_loss(**given, kind=kind, num_heads=2, reduction=reduction, backend="cpp")
+            upstream = torch.ones_like(loss) * torch.arange(1, loss.shape[-1] + 1 if loss.dim() else 2).sum(-1)
+            results.append((loss, *gradients(loss, leaves(given), upstream)))
+        torch.set_num_threads(before)
+    for i, other in enumerate(results[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(results[i % 2], other, strict=True))
+
+
+@needs_library
+@KINDS
+@COLUMNS
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("batch", [2, 4], ids=["strips", "one-pass"])
+def test_gradcheck(kind, columns, normalize, reduction, batch):
+    given = arguments(batch, columns and kind == "pixel", 5, 6, torch.float64)
+    if columns and kind == "channel":
+        given |= dict(student_columns=make(batch, 5, 6, dtype=torch.float64), teacher_columns=torch.randn(batch, 5, 6))
+
+    def run(student, student_columns=None):
+        changed = {**given, "student": student}
+        if student_columns is not None:
+            changed["student_columns"] = student_columns
+        return fastssl.self_relation_loss(
+            **changed, kind=kind, num_heads=2, normalize=normalize, reduction=reduction, backend="cpp"
+        )
+
+    assert torch.autograd.gradcheck(run, leaves(given))
+
+
+@needs_library
+@COLUMNS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [0, 2, 5])
+@pytest.mark.parametrize("channel", [0, 1])
+def test_opcheck(columns, dtype, batch, channel):
+    student = torch.randn(batch, 9, 6).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    teacher = torch.randn(batch, 9, 6)
+    pair = (torch.randn(batch, 9, 6).to(dtype), torch.randn(batch, 9, 6)) if columns else (student, teacher)
+    common = (student, teacher, *pair, channel, 2, 0.3, 0.6, 1, int(not columns))
+    ops = torch.ops.fastssl
+    for wanted in (0, 1, 2, 3) if columns else (0, 1):
+        torch.library.opcheck(ops.self_relation_loss_forward, (*common, wanted))
+    loss, stats, *_ = ops.self_relation_loss_forward(*common, 0)
+    for wanted in (1, 2, 3) if columns else (1,):
+        torch.library.opcheck(ops.self_relation_loss_backward, (torch.randn_like(loss), stats, *common, wanted))
+
+
+@needs_library
+@COLUMNS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_whole_with_dynamic_batch(columns, reduction):
+    def step(given):
+        doubled = {**given, "student": given["student"] * 2}
+        return fastssl.self_relation_loss(**doubled, num_heads=2, teacher_temp=0.7, reduction=reduction).square()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 5, 7):
+        given = arguments(batch, columns)
+        out, expected = compiled(given), step(given)
+        torch.testing.assert_close(out, expected)
+        for a, b in zip(
+            gradients(out, leaves(given), torch.ones_like(out)),
+            gradients(expected, leaves(given), torch.ones_like(out)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@needs_library
+def test_compiled_by_inductor_and_with_a_temperature_schedule():
+    def step(student, teacher, temp):
+        return fastssl.self_relation_loss(student + 1, teacher, kind="channel", num_heads=2, teacher_temp=temp) * 3
+
+    compiled = torch.compile(step, fullgraph=True)
+    student, teacher = make(4, 11, 8), torch.randn(4, 11, 8)
+    for temp in (0.1, 0.2, 0.35):
+        out, expected = compiled(student, teacher, temp), step(student, teacher, temp)
+        torch.testing.assert_close(out, expected)
+        upstream = torch.ones(())
+        torch.testing.assert_close(gradients(out, [student], upstream), gradients(expected, [student], upstream))
+
+
+@needs_library
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_refused(reduction):
+    student = make(9, 4, 4)
+    loss = fastssl.self_relation_loss(student, torch.randn(9, 4, 4), reduction=reduction, backend="cpp").square().sum()
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@needs_library
+def test_forward_mode_is_refused_not_wrong():
+    student, teacher = torch.randn(1, 4, 4), torch.randn(1, 4, 4)
+
+    def run(backend):
+        return lambda x: fastssl.self_relation_loss(x, teacher, backend=backend)
+
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(run("cpp"), (student,), (torch.ones_like(student),))
+    _, tangent = torch.func.jvp(run("reference"), (student,), (torch.randn_like(student),))
+    assert tangent.abs() > 0
+
+
+@needs_library
+@COLUMNS
+@pytest.mark.parametrize("batch", [2, 9], ids=["strips", "one-pass"])
+def test_nothing_is_written_to_and_the_graph_may_be_kept(columns, batch):
+    given = arguments(batch, columns)
+    before = copy.deepcopy({name: t.detach() for name, t in given.items()})
+    upstream = torch.tensor(2.5)
+    loss = fastssl.self_relation_loss(**given, backend="cpp")
+    first = torch.autograd.grad(loss, leaves(given), upstream, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.mul_(7)  # as gradient clipping does; it must not reach the graph
+    second = torch.autograd.grad(loss, leaves(given), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+    assert all(torch.equal(given[name], t) for name, t in before.items())
+    assert upstream == 2.5
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves(given), upstream)
+
+
+@needs_library
+def test_the_gradient_of_one_pass_is_that_of_two():
+    given = arguments(9, True, 37, 24)
+    mean = fastssl.self_relation_loss(**given, backend="cpp")
+    rows = fastssl.self_relation_loss(**given, reduction="none", backend="cpp")
+    torch.testing.assert_close(mean, rows.mean())
+    once = gradients(mean, leaves(given), torch.tensor(3.0))
+    twice = gradients(rows, leaves(given), torch.full_like(rows, 3.0 / rows.numel()))
+    for a, b in zip(once, twice, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@needs_library
+def test_a_gradient_of_one_is_handed_out_as_it_is(monkeypatch):
+    """No pass over the gradient for `loss.backward()`: what backward returns is what forward computed."""
+    made = []
+    real = torch.ops.fastssl.self_relation_loss_forward
+
+    def spy(*call):
+        made.append(real(*call))
+        return made[-1]
+
+    monkeypatch.setattr(torch.ops.fastssl, "self_relation_loss_forward", spy)
+    student = make(9, 9, 8)
+    loss = fastssl.self_relation_loss(student, torch.randn(9, 9, 8), backend="cpp")
+    assert torch.autograd.grad(loss, student, torch.ones(()))[0].data_ptr() == made[0][2].data_ptr()
+
+
+@needs_library
+def test_float16_gradients_wait_for_the_loss_scaling():
+    """Of 2^-26 each, below float16's smallest number, until backward multiplies them by 2^16."""
+    student = make(64, 256, 8, dtype=torch.float16)
+    teacher = (student.detach().float() + 1e-3 * torch.randn(64, 256, 8)).half()
+    scaled = fastssl.self_relation_loss(student, teacher, backend="cpp") * 2.0**16
+    exact = student.detach().double().requires_grad_()
+    truth = fastssl.self_relation_loss(exact, teacher.double(), backend="reference") * 2.0**16
+    got, expected = (torch.autograd.grad(x, leaf)[0].double() for x, leaf in ((scaled, student), (truth, exact)))
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
+@needs_library
+def test_raw_operators_refuse_what_would_read_elsewhere():
+    x = torch.randn(1, 5, 4)
+    ops = torch.ops.fastssl
+    common = (x, x, x, x, 0, 1, 0.5, 0.5, 0, 1)
+    loss, stats, *_ = ops.self_relation_loss_forward(*common, 0)
+    with pytest.raises(RuntimeError, match=r"weights must be \(B, H, R\)"):
+        ops.self_relation_loss_backward(loss[..., :3], stats, *common, 1)
+    with pytest.raises(RuntimeError, match="stats must be those of the forward"):
+        ops.self_relation_loss_backward(loss, stats[:2], *common, 1)
+    with pytest.raises(RuntimeError, match="have no gradient"):
+        ops.self_relation_loss_backward(loss, stats, *common, 3)
+    with pytest.raises(RuntimeError, match="the same batch, rows and columns"):
+        ops.self_relation_loss_forward(x, x[:, :3], x, x[:, :3], 0, 1, 0.5, 0.5, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="must be the tokens themselves"):
+        ops.self_relation_loss_forward(x, x, x[:, :3], x[:, :3], 0, 1, 0.5, 0.5, 0, 1, 0)
+
+
+def test_the_docstring_equivalent_is_true():
+    given = arguments(3, True)
+    p = fastssl.self_relation(given["student"], temp=0.5, columns=given["student_columns"], num_heads=2)
+    q = fastssl.self_relation(given["teacher"], temp=0.2, columns=given["teacher_columns"], num_heads=2)
+    expected = -(q.detach() * p.log()).sum(-1)
+    for backend in ("reference", *(["cpp"] if _library.loaded() else [])):
+        common = dict(**given, num_heads=2, student_temp=0.5, teacher_temp=0.2, backend=backend)
+        torch.testing.assert_close(fastssl.self_relation_loss(**common, reduction="none"), expected)
+        torch.testing.assert_close(fastssl.self_relation_loss(**common), expected.mean())
+
+
+def test_the_teacher_is_a_constant():
+    student, teacher = make(2, 5, 4), make(2, 5, 4)
+    for backend in ("reference", *(["cpp"] if _library.loaded() else [])):
+        loss = fastssl.self_relation_loss(student, teacher, backend=backend)
+        assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
+        alone = fastssl.self_relation_loss(student.detach(), teacher, backend=backend)
+        assert not alone.requires_grad
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys, torch, fastssl
+torch.set_num_threads(1)
+kind, length = sys.argv[1], int(sys.argv[2])
+shape = (2, length, 64) if kind == "pixel" else (2, 64, length)  # rows of depth 64 in both
+student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+def step(n):
+    part = (student[:, :n], teacher[:, :n]) if kind == "pixel" else (student[..., :n], teacher[..., :n])
+    fastssl.self_relation_loss(*part, kind=kind, backend="cpp").backward()
+
+step(64)  # what torch allocates once
+before = peak()
+step(length)
+print(peak() - before)
+"""
+
+
+@needs_library
+@KINDS
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_peak_memory_grows_with_the_tokens_and_not_with_their_square(kind):
+    """The whole process's peak, scratch memory included: at N = 8192 one N×N matrix alone would be 256 MB."""
+
+    def kilobytes(length):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, kind, str(length)], capture_output=True, text=True, check=True, timeout=300
+        )
+        return int(done.stdout)
+
+    small, large = kilobytes(2048), kilobytes(8192)
+    tokens = 2 * 8192 * 64 * 4 / 1024
+    assert large <= 8 * small + 1024  # 4 times the tokens; their square would be 16 times as much
+    assert large <= 8 * tokens
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+X = torch.randn(2, 5, 6)
+BAD = [
+    (dict(student=[1.0]), TypeError, "student must be a Tensor, got list"),
+    (dict(teacher=None), TypeError, "teacher must be a Tensor, got NoneType"),
+    (dict(student=X[0]), ValueError, r"student must be \(B, N, C\) or \(B, C, h, w\), got \(5, 6\)"),
+    (dict(teacher=X.long()), TypeError, "teacher must have dtype .*, got dtype int64"),
+    (dict(teacher=X.to("meta")), ValueError, "teacher must be on the device of student .cpu., got meta"),
+    (dict(teacher=X[:1]), ValueError, r"teacher must have student's batch \(B = 2\), got \(1, 5, 6\)"),
+    (dict(teacher=X[:, :4]), ValueError, r"teacher must have student's number of tokens \(N = 5\) for kind='pixel'"),
+    (dict(teacher=X[..., :3], kind="channel"), ValueError, r"teacher must have student's channels \(C = 6\) for kind"),
+    (dict(num_heads=4), ValueError, "num_heads must divide the C channels of student, got 4 for C = 6"),
+    (
+        dict(teacher=torch.randn(2, 5, 4), num_heads=3),
+        ValueError,
+        "num_heads must divide the C channels of teacher, got 3 for C = 4",
+    ),
+    (dict(num_heads=0), ValueError, "num_heads must be an int of at least 1, got 0"),
+    (dict(kind="token"), ValueError, "kind must be one of 'pixel', 'channel', got 'token'"),
+    (dict(reduction="sum"), ValueError, "reduction must be one of 'mean', 'none', got 'sum'"),
+    (dict(backend="cuda"), ValueError, "backend must be one of .*, got 'cuda'"),
+    (dict(student_temp=0.0), ValueError, "student_temp must be a finite number greater than 0, got 0.0"),
+    (dict(teacher_temp=float("nan")), ValueError, "teacher_temp must be a finite number greater than 0, got nan"),
+    (dict(scale=float("inf")), ValueError, "scale must be a finite number, got inf"),
+    (dict(scale=1e300, teacher_temp=1e-300), ValueError, "scale / teacher_temp must be a finite number, got"),
+    (dict(normalize=1), TypeError, "normalize must be True or False, got int"),
+    (dict(student_columns=X[:, :0]), ValueError, "student_columns must have at least one token"),
+    (dict(student_columns=X[..., :3]), ValueError, "student_columns must have student's batch and channels"),
+    (dict(teacher_columns=X[:1]), ValueError, "teacher_columns must have teacher's batch and channels"),
+    (dict(student_columns=X[:, :3]), ValueError, r"teacher_columns must give as many columns .*\(M = 3\), got 5"),
+    (
+        dict(teacher_columns=X[:, :3], kind="channel"),
+        ValueError,
+        r"teacher_columns must have teacher's number of tokens",
+    ),
+    (dict(student_columns=X.int()), TypeError, "student_columns must have dtype"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_input_is_one_sentence(change, error, message):
+    given = {"student": X, "teacher": X, **change}
+    with pytest.raises(error, match=message) as caught:
+        fastssl.self_relation_loss(**given)
+    assert str(caught.value).startswith("self_relation_loss: ")
+    assert "\n" not in str(caught.value)
+    if "backend" not in given:
+        with pytest.raises(error, match=message):
+            fastssl.explain("self_relation_loss", **given)
+
+
+# ---- the module ------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_the_module_is_the_op(kind):
+    student, teacher = make(2, 9, 8), torch.randn(2, 9, 8)
+    criterion = SelfRelationLoss(kind, num_heads=2, student_temp=0.9, teacher_temp=0.3)
+    expected = fastssl.self_relation_loss(student, teacher, kind=kind, num_heads=2, student_temp=0.9, teacher_temp=0.3)
+    assert torch.equal(criterion(student, teacher), expected)
+    assert list(criterion.state_dict()) == []
+    assert "teacher_temp=0.3" in repr(criterion)
+
+
+def test_the_module_aligns_by_sampling():
+    """The relation sampled on both axes, rows on one grid and columns on the other, as SERE does it."""
+    student, teacher = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 7, 7)
+    grids = [torch.rand(2, k, k, 2) * 2.4 - 1.2 for k in (3, 4, 3, 4)]
+
+    def sampled(x, rows, columns):
+        heads = [0.5 * torch.einsum("bchw,bcij->bhwij", m, m) for m in (x[:, :4], x[:, 4:])]  # d = 4
+        out = []
+        for logits in heads:
+            b, h, w, i, j = logits.shape
+            one = torch.nn.functional.grid_sample(
+                logits.reshape(b, h * w, i, j), columns, align_corners=False
+            )  # (b, hw, k, k)
+            two = torch.nn.functional.grid_sample(
+                one.flatten(2).transpose(1, 2).reshape(b, -1, h, w), rows, align_corners=False
+            )
+            out.append(two.flatten(2).transpose(1, 2))
+        return torch.stack(out, 1)
+
+    p = sampled(student, grids[0], grids[1]).log_softmax(-1)
+    q = (sampled(teacher, grids[2], grids[3]) / 0.5).softmax(-1)
+    criterion = SelfRelationLoss("pixel", num_heads=2, student_temp=1.0, teacher_temp=0.5)
+    got = criterion(student, teacher, student_grids=(grids[0], grids[1]), teacher_grids=(grids[2], grids[3]))
+    torch.testing.assert_close(got, -(q * p).sum(-1).mean())
+
+
+def test_the_module_refuses_grids_of_one_side():
+    criterion = SelfRelationLoss("pixel")
+    grid = torch.zeros(2, 3, 3, 2)
+    with pytest.raises(ValueError, match="SelfRelationLoss: student_grids and teacher_grids must be given together"):
+        criterion(torch.randn(2, 9, 4), torch.randn(2, 9, 4), student_grids=(grid, grid))
+    with pytest.raises(ValueError, match="SelfRelationLoss: grids are for kind='pixel', got 'channel'"):
+        SelfRelationLoss("channel")(
+            torch.randn(2, 9, 4), torch.randn(2, 9, 4), student_grids=(grid, grid), teacher_grids=(grid, grid)
+        )
