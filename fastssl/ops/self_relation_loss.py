@@ -79,34 +79,21 @@ def self_relation_loss(
 
     Source: SERE (arXiv 2206.05184), the losses of eq. 3 (pixel) and eq. 5 (channel); MiniLM (arXiv 2002.10957).
     """
-    args = _check(
-        student,
-        teacher,
-        kind,
-        num_heads,
-        scale,
-        student_temp,
-        teacher_temp,
-        student_columns,
-        teacher_columns,
-        normalize,
-        reduction,
+    options: dict[str, Any] = dict(
+        kind=kind,
+        num_heads=num_heads,
+        scale=scale,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+        student_columns=student_columns,
+        teacher_columns=teacher_columns,
+        normalize=normalize,
+        reduction=reduction,
     )
+    args = _check(student, teacher, **options)
     chosen = select(_call(args), backend)
     if chosen == "reference":
-        return _reference(
-            args.student,
-            args.teacher,
-            kind=kind,
-            num_heads=num_heads,
-            scale=scale,
-            student_temp=student_temp,
-            teacher_temp=teacher_temp,
-            student_columns=args.student_columns,
-            teacher_columns=args.teacher_columns,
-            normalize=normalize,
-            reduction=reduction,
-        )
+        return _reference(student, teacher, **options)
     tensors = (args.student, args.teacher.detach(), args.student_columns, _detached(args.teacher_columns))
     mean = reduction == "mean"
     # Forward-mode derivatives would be lost in a raw operator; the Function refuses them.
@@ -147,15 +134,16 @@ class _Args(NamedTuple):
 def _check(
     student: Any,
     teacher: Any,
-    kind: Any,
-    num_heads: Any,
-    scale: Any,
-    student_temp: Any,
-    teacher_temp: Any,
-    student_columns: Any,
-    teacher_columns: Any,
-    normalize: Any,
-    reduction: Any,
+    *,
+    kind: Any = "pixel",
+    num_heads: Any = 1,
+    scale: Any = None,
+    student_temp: Any = 1.0,
+    teacher_temp: Any = 1.0,
+    student_columns: Any = None,
+    teacher_columns: Any = None,
+    normalize: Any = False,
+    reduction: Any = "mean",
 ) -> _Args:
     _checks.check_tensor(_OP, "student", student)
     _checks.check_tensor(_OP, "teacher", teacher)
@@ -208,35 +196,8 @@ def _check(
     )
 
 
-def _describe(
-    student: Any,
-    teacher: Any,
-    *,
-    kind: Any = "pixel",
-    num_heads: Any = 1,
-    scale: Any = None,
-    student_temp: Any = 1.0,
-    teacher_temp: Any = 1.0,
-    student_columns: Any = None,
-    teacher_columns: Any = None,
-    normalize: Any = False,
-    reduction: Any = "mean",
-) -> Call:
-    return _call(
-        _check(
-            student,
-            teacher,
-            kind,
-            num_heads,
-            scale,
-            student_temp,
-            teacher_temp,
-            student_columns,
-            teacher_columns,
-            normalize,
-            reduction,
-        )
-    )
+def _describe(student: Any, teacher: Any, **options: Any) -> Call:
+    return _call(_check(student, teacher, **options))
 
 
 def _call(args: _Args) -> Call:
