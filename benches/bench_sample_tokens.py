@@ -46,7 +46,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def _case(kind: str, shape: tuple[int, ...], formula: Callable[..., Tensor], dtype: torch.dtype, device: str) -> Case:
     batch = shape[0]
-    grid = _grid(batch).to(device)  # not an input of the case: it is float32 in every row
+    grid = grid_of(batch).to(device)  # not an input of the case: it is float32 in every row
 
     def eager(x: Tensor) -> Tensor:
         return formula(x, grid)
@@ -63,9 +63,9 @@ def _case(kind: str, shape: tuple[int, ...], formula: Callable[..., Tensor], dty
     )
 
 
-def _grid(batch: int) -> Tensor:
+def grid_of(batch: int, seed: int = 0) -> Tensor:
     """Rectangles of half to all of the map, another in every image."""
-    start, stop = torch.rand(2, batch, 2, 1, generator=torch.Generator().manual_seed(0)).mul(0.5).unbind()
+    start, stop = torch.rand(2, batch, 2, 1, generator=torch.Generator().manual_seed(seed)).mul(0.5).unbind()
     ticks = torch.linspace(0, 1, POINTS)
     y, x = ((start - 1) * (1 - ticks) + (1 - stop) * ticks).unbind(1)
     return torch.stack((x[:, None, :].expand(-1, POINTS, -1), y[:, :, None].expand(-1, -1, POINTS)), -1).contiguous()

@@ -175,6 +175,6 @@ NOTES = (
     "These were measured past the caches: more than 100 % means that data stayed in one. On a GPU, ms is "
     "device time with a cold L2; wall and host are the eager call's.",
     f"A row marked {BUSY} was measured while other processes held the CPUs, one marked {STALE} with compiled "
-    "code older than its sources; neither is evidence, nor takes the place of a row that is. Written by the benches; the JSON beside this file has "
-    "every row's quantiles and provenance.",
+    "code older than its sources; neither is evidence, nor takes the place of a row that is. Written by the "
+    "benches; the JSON beside this file has every row's quantiles and provenance.",
 )

@@ -1,4 +1,4 @@
-"""Measures self_relation beside its float64 reference, and beside what one would write in PyTorch."""
+"""Measures fastssl's ops beside their float64 references, and beside what one would write in PyTorch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastssl
 from fastssl import _library
-from fastssl.reference.self_relation import self_relation as reference
+from fastssl.reference.self_relation import self_relation
+from fastssl.reference.self_relation_loss import self_relation_loss
 
 #: What counts as equal: the largest difference and the relative-norm error of values, and that of gradients.
 LIMIT, GRADIENT_LIMIT = 2e-6, 2e-5
 #: Measuring time of one row, both sides together, and the fewest rounds whatever they take.
 SECONDS, ROUNDS = 1.5, 3
+#: How many rows `cases` gives.
+ROWS = 8
 
 
 class Case(NamedTuple):
@@ -33,8 +36,13 @@ class Case(NamedTuple):
     data: str
     what: str
     inputs: list[Tensor]
-    arguments: dict[str, Any]  # kind, num_heads, scale, temp, normalize: all of them
+    arguments: dict[str, Any]  # kind, num_heads, scale, temp, normalize: all of them; of a loss, those of its equation
     backward: bool
+    teachers: list[Tensor] | None = None  # one per input: the row is of self_relation_loss, else of self_relation
+
+    @property
+    def op(self) -> str:
+        return "self_relation" if self.teachers is None else "self_relation_loss"
 
 
 class Row(NamedTuple):
@@ -81,6 +89,10 @@ def cases(features: Sequence[Tensor], pixel: dict[str, Any], channel: dict[str, 
         rows.append(Case(data, "pixel forward", inputs, for_pixel, False))
         rows.append(Case(data, "pixel forward+backward", inputs, for_pixel, True))
         rows.append(Case(data, "channel forward", inputs, for_channel, False))
+    teacher = 0.5 * (tokens + torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)))
+    for kind, num_heads, temp in (("pixel", 6, 0.5), ("channel", 1, 0.1)):  # SERE's own
+        loss = {"kind": kind, "num_heads": num_heads, "teacher_temp": temp}
+        rows.append(Case("ViT-S tokens", f"{kind} loss forward+backward", [tokens], loss, True, [teacher]))
     return rows
 
 
@@ -94,28 +106,47 @@ def eager(x: Tensor, *, kind: str, num_heads: int, scale: float, temp: float, no
     return relation
 
 
+def eager_loss(student: Tensor, teacher: Tensor, *, kind: str, num_heads: int, teacher_temp: float) -> Tensor:
+    """The distillation of relations as users write it."""
+
+    def logits(x: Tensor) -> Tensor:
+        q = x.view(*x.shape[:2], num_heads, -1)
+        q = q.transpose(1, 2) if kind == "pixel" else q.permute(0, 2, 3, 1)
+        return (q.shape[-1] ** -0.5 if kind == "pixel" else 1 / q.shape[-1]) * q @ q.mT
+
+    with torch.no_grad():
+        target = (logits(teacher) / teacher_temp).softmax(-1)
+    loss: Tensor = -(target * logits(student).log_softmax(-1)).sum(-1).mean()
+    return loss
+
+
 def measure(case: Case, backend: str | None) -> Row:
     """Checks first, then times with the two sides taking turns, then looks at memory."""
     generator = torch.Generator().manual_seed(1)
+    others: list[tuple[Tensor, ...]] = [(t,) for t in case.teachers or ()] or [()] * len(case.inputs)
     inputs = [x.detach().clone().requires_grad_(case.backward) for x in case.inputs]
+    other_of = {id(x): other for x, other in zip(inputs, others, strict=True)}
     truths, upstream = [], []
     for x in inputs:
         wide = x.detach().double().requires_grad_(case.backward)
-        value = reference(wide, **case.arguments)
+        reference: Callable[..., Tensor] = self_relation if case.teachers is None else self_relation_loss
+        value = reference(wide, *(t.double() for t in other_of[id(x)]), **case.arguments)
         upstream.append(torch.randn(value.shape, generator=generator) if case.backward else None)
         truths.append(_gradient(value, wide, upstream[-1]))
 
     def fused(x: Tensor) -> Tensor:
-        return fastssl.self_relation(x, backend=backend, **case.arguments)
+        value: Tensor = getattr(fastssl, case.op)(x, *other_of[id(x)], backend=backend, **case.arguments)
+        return value
 
     def plain(x: Tensor) -> Tensor:
-        return eager(x, **case.arguments)
+        formula: Callable[..., Tensor] = eager if case.teachers is None else eager_loss
+        return formula(x, *other_of[id(x)], **case.arguments)
 
     def run(relation: Callable[[Tensor], Tensor]) -> None:
         for x, up in zip(inputs, upstream, strict=True):
             _step(relation, x, up)
 
-    chosen = fastssl.explain("self_relation", inputs[0], backend=backend, **case.arguments).chosen
+    chosen = fastssl.explain(case.op, inputs[0], *others[0], backend=backend, **case.arguments).chosen
     errors = {side: _errors(side, inputs, upstream, truths) for side in (fused, plain)}
     fused_ms, eager_ms, rounds = _times(lambda: run(fused), lambda: run(plain))
     return Row(

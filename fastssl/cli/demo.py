@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     photos = _photos(args.image)
     _writable(args.out)
     _accepted(args.backend)
-    steps = 2 * len(photos) + 2 + 6
+    steps = 2 * len(photos) + 2 + comparison.ROWS
     with tqdm(total=steps, bar_format="{desc:<34} {bar:30} {n_fmt}/{total_fmt}  {elapsed}") as bar:
         studies = []
         for photo in photos:

@@ -10,10 +10,11 @@ from typing import Any
 from fastssl.cli.comparison import GRADIENT_LIMIT, LIMIT, Row
 
 NOTES = (
-    "Errors are against `fastssl.reference.self_relation` in float64: the largest difference of a value, and "
+    "Errors are against `fastssl.reference` in float64: the largest difference of a value, and "
     "the norm of the difference over the norm of the truth, of values and of gradients. Times are medians, "
     "the two sides taking turns in one process; speed is PyTorch's time over fastssl's, so above 1x fastssl "
-    "is faster. PyTorch is `(scale * q @ q.mT).softmax(-1)`, after `F.normalize` where the call normalises. "
+    "is faster. PyTorch is `(scale * q @ q.mT).softmax(-1)`, after `F.normalize` where the call normalises, and "
+    "for a loss `-(q.softmax(-1) * p.log_softmax(-1)).sum(-1).mean()` of two such relations. "
     "Memory is the most that torch's allocator held for the call beyond what it held before, the result "
     "included; scratch memory that a kernel or the BLAS library allocates for itself is not in it."
 )
