@@ -56,6 +56,55 @@ MUST_REFUSE = [
 ]
 
 
+LOSS_SIZES = {"rows": 196, "columns": 196, "depth": 64}
+SAMPLING_SIZES = {"tokens": 196, "points": 169, "channels": 384}
+#: The other ops: (op, backend, device, dtypes of the arguments, needs a gradient), and why not.
+OTHERS_MUST_ACCEPT = [
+    (op, backend, device, dtype, grad)
+    for op in ("self_relation_loss", "sample_tokens")
+    for backend, device, dtypes in (
+        ("cpp", "cpu", _backends.FLOATING),
+        ("triton", "cuda", _backends.HALF_AND_SINGLE),
+        ("reference", "mps", _backends.FLOATING),
+    )
+    for dtype in dtypes
+    for grad in (False, True)
+]
+OTHERS_MUST_REFUSE = [
+    (op, *case)
+    for op in ("self_relation_loss", "sample_tokens")
+    for case in (
+        ("cpp", "mps", torch.float32, True, "takes tensors on cpu, got mps"),
+        ("cpp", "cuda", torch.float32, True, "takes tensors on cpu, got cuda"),
+        ("cpp", "cpu", torch.float32, False, "not built here"),
+        ("triton", "cuda", torch.float64, True, "of dtype float32, bfloat16, float16, got float64"),
+        ("triton", "mps", torch.float32, True, "takes tensors on cuda or cpu, got mps"),
+        ("triton", "cuda", torch.float32, False, "triton is not installed"),
+    )
+]
+
+
+def other_reasons(op, backend, device, dtype, grad, built, monkeypatch):
+    why = None if built else "not built here"
+    monkeypatch.setattr(_library, "why_not", why)
+    monkeypatch.setattr(_library, "why_no_cuda", why)
+    monkeypatch.setattr(kernels, "_installed", built)
+    names = ("student", "teacher") if op == "self_relation_loss" else ("x", "grid")
+    sizes = LOSS_SIZES if op == "self_relation_loss" else SAMPLING_SIZES
+    made = Call(op, device, tuple((name, dtype) for name in names), grad, sizes)
+    return reasons_against(OPS[op].backend(backend), made)
+
+
+@pytest.mark.parametrize(("op", "backend", "device", "dtype", "grad"), OTHERS_MUST_ACCEPT)
+def test_other_ops_must_accept(op, backend, device, dtype, grad, monkeypatch):
+    assert other_reasons(op, backend, device, dtype, grad, True, monkeypatch) == []
+
+
+@pytest.mark.parametrize(("op", "backend", "device", "dtype", "built", "reason"), OTHERS_MUST_REFUSE)
+def test_other_ops_must_refuse(op, backend, device, dtype, built, reason, monkeypatch):
+    assert reason in "; ".join(other_reasons(op, backend, device, dtype, True, built, monkeypatch))
+
+
 @pytest.mark.parametrize(("backend", "facts"), MUST_ACCEPT)
 def test_must_accept(backend, facts, monkeypatch):
     assert refusals(backend, monkeypatch, **facts) == []
