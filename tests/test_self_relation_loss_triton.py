@@ -101,7 +101,7 @@ def launched(monkeypatch):
 @DTYPES
 @KINDS
 @REDUCTIONS
-@pytest.mark.parametrize(("length", "width", "heads"), [(1, 33, 3), (37, 33, 1), (18, 96, 6)])
+@pytest.mark.parametrize(("length", "width", "heads"), [(1, 33, 3), (37, 33, 1), (12, 48, 6)])
 def test_lengths_and_heads(dtype, kind, reduction, length, width, heads):
     check(make(1, length, width, dtype=dtype), constant(1, length, width, dtype=dtype), kind=kind, num_heads=heads,
           reduction=reduction)  # fmt: skip
@@ -118,9 +118,7 @@ def test_larger(dtype, kind, length, width):
 
 
 @DTYPES
-@pytest.mark.parametrize(
-    ("width", "reduction"), [(16, "none"), (70, "mean"), (70, "none"), (130, "none"), (300, "none")]
-)
+@pytest.mark.parametrize(("width", "reduction"), [(16, "none"), (70, "mean"), (130, "none"), (300, "none")])
 def test_depths(dtype, width, reduction):
     """One block of depth, several, and what is left over; the teacher's differs."""
     check(make(1, 19, width, dtype=dtype), constant(1, 19, 75, dtype=dtype), reduction=reduction, student_temp=4.0)
@@ -275,8 +273,7 @@ LAYOUTS = {
 }
 
 
-@KINDS
-@REDUCTIONS
+@pytest.mark.parametrize(("kind", "reduction"), [("pixel", "mean"), ("pixel", "none"), ("channel", "none")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(kind, reduction, layout):
     student, teacher = LAYOUTS[layout]().requires_grad_(), LAYOUTS[layout]()
@@ -322,8 +319,7 @@ def test_weights_of_any_strides(upstream, given):
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.float32, "pixel"), (torch.float32, "channel"), (torch.float16, "pixel")]
 )
-@pytest.mark.parametrize("given", [False, True], ids=["symmetric", "columns"])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("given", "normalize"), [(False, False), (True, False), (False, True)])
 def test_the_gradient_is_the_same_together_and_apart(dtype, kind, given, normalize, monkeypatch):
     from fastssl.kernels import self_relation_loss
 
@@ -350,9 +346,8 @@ def test_the_gradient_is_the_same_together_and_apart(dtype, kind, given, normali
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2, 3])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("others", [5, 70], ids=["together", "apart"])
-def test_only_wanted_gradients_are_computed(wanted, normalize, others, monkeypatch):
+@pytest.mark.parametrize(("others", "normalize"), [(5, False), (50, False), (5, True)])
+def test_only_wanted_gradients_are_computed(wanted, others, normalize, monkeypatch):
     tensors = (torch.randn(1, 9, 6), torch.randn(1, 9, 8), torch.randn(1, others, 6).half(), torch.randn(1, others, 8))
     arguments = numbers(*tensors, normalize=normalize)
     loss, stats, *everything = run_forward(*arguments, 3)
@@ -400,7 +395,7 @@ def test_gradients_are_laid_out_like_their_tokens():
     assert run_backward(torch.ones_like(loss), stats, *arguments, 1)[0].stride() == student.stride()
 
 
-@pytest.mark.parametrize("length", [20, 70], ids=["together", "apart"])
+@pytest.mark.parametrize("length", [16, 50], ids=["together", "apart"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_repeatable_and_leaves_its_inputs_alone(length, normalize):
     tensors = [torch.randn(1, length, 6) for _ in range(4)]

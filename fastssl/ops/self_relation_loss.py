@@ -212,8 +212,9 @@ def _call(args: _Args) -> Call:
 #: Up to this many elements the CPU kernel keeps the logits' gradient of one head in a core's second-level cache, and
 #: computes loss and gradient in one pass, if there are this many heads; as in csrc/cpu/self_relation_loss.cpp.
 ONE_PASS_CPP, ONE_PASS_CPP_HEADS = 160 * 1024, 8
-#: Up to this many rows and columns, and this depth, the Triton kernel does so in one program.
-ONE_PASS_TRITON, ONE_PASS_TRITON_DEPTH = 256, 64
+#: Up to this many rows and columns, and this depth, the Triton kernel does so in one program; longer rows of a program
+#: that holds all of its statistics and gradients would leave too few registers. As kernels/self_relation_loss.py has it.
+ONE_PASS_TRITON, ONE_PASS_TRITON_DEPTH = 64, 64
 
 
 def _in_one_pass(backend: str, args: _Args) -> bool:
@@ -388,7 +389,7 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 _library.register_fake("self_relation_loss_forward", partial(_fake_forward, 6))
 _library.register_fake("self_relation_loss_backward", _fake_backward)
-_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, partial(_fake_forward, 2))
+_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, partial(_fake_forward, 3))
 _library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
 
 register(
