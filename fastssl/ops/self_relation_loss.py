@@ -213,7 +213,7 @@ def _call(args: _Args) -> Call:
 #: computes loss and gradient in one pass, if there are this many heads; as in csrc/cpu/self_relation_loss.cpp.
 ONE_PASS_CPP, ONE_PASS_CPP_HEADS = 160 * 1024, 8
 #: Up to this many rows and columns, and this depth, the Triton kernel does so in one program; longer rows of a program
-#: that holds all of its statistics and gradients would leave too few registers. As kernels/self_relation_loss.py has it.
+#: that holds all statistics and gradients would leave too few registers. As kernels/self_relation_loss.py has it.
 ONE_PASS_TRITON, ONE_PASS_TRITON_DEPTH = 64, 64
 
 
