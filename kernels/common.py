@@ -90,6 +90,22 @@ def multiply(a, b, accumulator, MIXED: tl.constexpr):
     return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
+@triton.jit
+def gram_tile(
+    rows,  # (I, K) matrix by its strides
+    columns,  # (J, K) matrix by its strides
+    i, j, I, J, K, row_i, row_depth, column_j, column_depth,
+    WIDTH_I: tl.constexpr, WIDTH_J: tl.constexpr, BLOCK_DEPTH: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Elements i … i + WIDTH_I, j … j + WIDTH_J of rows · columnsᵀ in float32, zero outside."""
+    products = tl.zeros([WIDTH_I, WIDTH_J], tl.float32)
+    for start in range(0, K, BLOCK_DEPTH):
+        a = load_tile(rows, i, start, I, K, row_i, row_depth, WIDTH_I, BLOCK_DEPTH)
+        b = load_tile(columns, start, j, K, J, column_depth, column_j, BLOCK_DEPTH, WIDTH_J)
+        products = multiply(a, b, products, MIXED)
+    return products
+
+
 def product_dtype(x: Tensor, columns: Tensor) -> torch.dtype:
     """In which the two are multiplied."""
     return x.dtype if x.dtype == columns.dtype else torch.float32
