@@ -3,6 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastssl, m) {
+  m.def(
+      "gram_loss_forward(Tensor student, Tensor teacher, int normalize, int remove, int wanted) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "gram_loss_backward(Tensor grad, Tensor student, Tensor teacher, int normalize, int remove) -> "
+      "Tensor");
   m.def("sample_tokens_forward(Tensor x, Tensor grid) -> Tensor");
   m.def("sample_tokens_backward(Tensor grad, Tensor x, Tensor grid, int wanted) -> (Tensor, Tensor)");
   m.def(

@@ -2,6 +2,7 @@
 
 from fastssl import nn
 from fastssl._backends import Explanation, explain, use_backend
+from fastssl.ops.gram_loss import gram_loss
 from fastssl.ops.sample_tokens import sample_tokens
 from fastssl.ops.self_relation import self_relation
 from fastssl.ops.self_relation_loss import self_relation_loss
@@ -12,6 +13,7 @@ __all__ = [
     "Explanation",
     "__version__",
     "explain",
+    "gram_loss",
     "nn",
     "sample_tokens",
     "self_relation",

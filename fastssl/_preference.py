@@ -13,6 +13,10 @@ class Choice(NamedTuple):
 
 
 PREFERENCE: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "gram_loss": {
+        "cpu": (Choice("cpp", "unmeasured: make bench"),),
+        "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
+    },
     "sample_tokens": {
         "cpu": (Choice("cpp", "unmeasured: make bench"),),
         "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),

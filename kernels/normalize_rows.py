@@ -41,17 +41,39 @@ def unit_rows(
     first = (tl.program_id(0) % row_blocks) * BLOCK_ROWS
     x += head // num_heads * x_batch + head % num_heads * x_head
     unit += head * R * K
+    shrink = _inverse_lengths(x, first, R, K, smallest, x_row, x_depth, BLOCK_ROWS, BLOCK_DEPTH)
+    store_tile(inverse + head * R, shrink, first, 0, R, 1, 1, 0, BLOCK_ROWS, 1)
+    for start in range(0, K, BLOCK_DEPTH):
+        value = load_tile(x, first, start, R, K, x_row, x_depth, BLOCK_ROWS, BLOCK_DEPTH).to(tl.float32)
+        store_tile(unit, value * shrink, first, start, R, K, K, 1, BLOCK_ROWS, BLOCK_DEPTH)
+
+
+@triton.jit
+def row_lengths(
+    x,  # (B, H, R, K) by its strides
+    inverse,  # (B, H, R) float32, contiguous: output 1/|x|, or 0
+    R, K, num_heads,
+    smallest,  # NORM_EPS²
+    x_batch, x_head, x_row, x_depth,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    row_blocks = tl.cdiv(R, BLOCK_ROWS)
+    head = (tl.program_id(0) // row_blocks).to(tl.int64)
+    first = (tl.program_id(0) % row_blocks) * BLOCK_ROWS
+    x += head // num_heads * x_batch + head % num_heads * x_head
+    shrink = _inverse_lengths(x, first, R, K, smallest, x_row, x_depth, BLOCK_ROWS, BLOCK_DEPTH)
+    store_tile(inverse + head * R, shrink, first, 0, R, 1, 1, 0, BLOCK_ROWS, 1)
+
+
+@triton.jit
+def _inverse_lengths(x, first, R, K, smallest, x_row, x_depth, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):
     sums = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
     for start in range(0, K, BLOCK_DEPTH):
         value = load_tile(x, first, start, R, K, x_row, x_depth, BLOCK_ROWS, BLOCK_DEPTH).to(tl.float32)
         sums += value * value
     squared = tl.sum(sums, 1)[:, None]
     alive = squared > smallest
-    shrink = tl.where(alive, 1.0 / tl.sqrt_rn(tl.where(alive, squared, 1.0)), 0.0)
-    store_tile(inverse + head * R, shrink, first, 0, R, 1, 1, 0, BLOCK_ROWS, 1)
-    for start in range(0, K, BLOCK_DEPTH):
-        value = load_tile(x, first, start, R, K, x_row, x_depth, BLOCK_ROWS, BLOCK_DEPTH).to(tl.float32)
-        store_tile(unit, value * shrink, first, start, R, K, K, 1, BLOCK_ROWS, BLOCK_DEPTH)
+    return tl.where(alive, 1.0 / tl.sqrt_rn(tl.where(alive, squared, 1.0)), 0.0)
 
 
 @triton.jit
@@ -84,9 +106,10 @@ def project_rows(
         store_tile(grad, dx, first, start, R, K, grad_row, grad_depth, BLOCK_ROWS, BLOCK_DEPTH)
 
 
-# Both kernels are bound by memory: one tile serves every shape and dtype.
+# All are bound by memory: one tile serves every shape and dtype.
 _BLOCK = {"BLOCK_ROWS": 32, "BLOCK_DEPTH": 64}
 _UNIT = Choice(unit_rows, _BLOCK, 4, 2)
+_LENGTHS = Choice(row_lengths, _BLOCK, 4, 2)
 _PROJECT = Choice(project_rows, _BLOCK, 4, 2)
 
 
@@ -102,6 +125,14 @@ def unit_vectors(x: Vectors, dtype: torch.dtype) -> tuple[Vectors, Tensor]:
     sizes = (x.rows, x.depth, x.num_heads, NORM_EPS**2)
     launch(_UNIT, _programs(x), x.tensor, unit.tensor, inverse, *sizes, *x.strides)
     return unit, inverse
+
+
+def inverse_lengths(x: Vectors) -> Tensor:
+    """(B, H, rows) in float32."""
+    inverse = x.tensor.new_empty((x.batch, x.num_heads, x.rows), dtype=torch.float32)
+    sizes = (x.rows, x.depth, x.num_heads, NORM_EPS**2)
+    launch(_LENGTHS, _programs(x), x.tensor, inverse, *sizes, *x.strides)
+    return inverse
 
 
 def backward_through_lengths(grad_unit: Tensor, x: Vectors, inverse: Tensor, grad: Vectors) -> None:
@@ -121,4 +152,5 @@ def configurations() -> Iterator[Configuration]:
                 yield configuration(
                     _UNIT, f"{dtype} {name} to {unit}", x, f"*{unit}:16", single, vectors, "fp32", strides
                 )
+            yield configuration(_LENGTHS, f"{dtype} {name}", x, single, vectors, "fp32", strides)
             yield configuration(_PROJECT, f"{dtype} {name}", x, single, single, x, vectors, strides, strides)

@@ -117,6 +117,17 @@ void strip_of_panels(const T* panels, int64_t vectors, int64_t depth, int64_t i,
   }
 }
 
+// Columns [i, i + R) of a matrix of `rows` rows as a panel; whole vectors are read.
+template <class T>
+FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t rows, int64_t i, T* panel) {
+  constexpr int W = Simd<T>::kWidth, STRIDE = kStripStride<T>;
+  for (int64_t k = 0; k < rows; ++k) {
+#pragma GCC unroll 4
+    for (int l = 0; l < STRIDE; l += W)
+      store<T>(panel + k * STRIDE + l, load<T>(matrix + k * stride + i + l));
+  }
+}
+
 // c[i][j] = Σ_k a[k][i] b[k][j] for kTileRows rows and NV vectors of columns. `b_lanes` is the width of b's
 // panel. Sums run over kChunk products at a time: one long chain of alike terms would round the same way
 // every time, and its error would grow with the depth.

@@ -8,6 +8,7 @@
 //   loss_i = log1p(Σ_{j≠p} exp(S_ij − S_ip)) + Σ_j Q_ij (S_ip − S_ij),   dS_ip = −Σ_{j≠p} dS_ij.
 
 #include "cpu/lengths.h"
+#include "cpu/gradient_strips.h"
 
 namespace fastssl::cpu::FASTSSL_ISA {
 

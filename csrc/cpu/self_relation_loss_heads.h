@@ -91,17 +91,6 @@ struct LossHead {
   }
 };
 
-// Columns [i, i + R) of a matrix of `rows` rows as a panel; whole vectors are read.
-template <class T>
-FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t rows, int64_t i, T* panel) {
-  constexpr int W = Simd<T>::kWidth, STRIDE = kStripStride<T>;
-  for (int64_t k = 0; k < rows; ++k) {
-#pragma GCC unroll 4
-    for (int l = 0; l < STRIDE; l += W)
-      store<T>(panel + k * STRIDE + l, load<T>(matrix + k * stride + i + l));
-  }
-}
-
 // How logits become powers of two: factor and shift of student and teacher.
 template <class T>
 struct Shifts {

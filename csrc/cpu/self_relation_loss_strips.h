@@ -115,25 +115,23 @@ struct KeptRows {
 // Strips [begin, end) of all heads in a row, of the gradient of the student's rows or of its columns.
 template <class T>
 void loss_gradient_strips(const SelfRelationLoss& op, bool of_columns, int64_t begin, int64_t end) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  constexpr int W = Simd<T>::kWidth, R = kTileRows;
   const Strided& target = of_columns ? op.student.columns : op.student.rows;
   const Strided& other = of_columns ? op.student.rows : op.student.columns;
   const Strided& out = of_columns ? op.grad_columns : op.grad_student;
   const int64_t rows = of_columns ? op.columns : op.rows, inner = of_columns ? op.rows : op.columns;
-  const int64_t k = op.student.depth, k_width = round_up(k, C), strips = ceil_div(rows, R);
+  const int64_t strips = ceil_div(rows, R);
   LossStrips<T> work(inner);
+  GradientStrips<T> gradient(inner, op.student.depth, op.normalize);
   KeptRows<T> kept;
   kept.student_factor = static_cast<T>(op.student.scale * kLog2e);
   kept.teacher_factor = static_cast<T>(op.teacher.scale * kLog2e);
-  T *panel = nullptr, *factor = nullptr, *strip = nullptr, *inverse = nullptr, *vectors = nullptr;
+  T* panel = nullptr;
   const auto lay_out = [&](auto&& take) {
     work.lay_out(op, take);
     kept.lay_out(op, take);
+    gradient.lay_out(take);
     take(panel, kStripStride<T> * inner);
-    take(factor, inner * k_width);
-    take(strip, R * k_width);
-    take(inverse, op.normalize ? round_up(inner, C) : 0);
-    take(vectors, op.normalize ? k * std::max(C, kStripStride<T>) : 0);
   };
   size_t bytes = 0;
   lay_out([&](T*&, int64_t count) { bytes += Scratch::bytes_of<T>(count); });
@@ -146,8 +144,7 @@ void loss_gradient_strips(const SelfRelationLoss& op, bool of_columns, int64_t b
     if (h != packed) {
       work.pack_columns(op, of_columns, h);
       kept.read(op, h);
-      pack_depth<T, C>(factor, element(other, batch, number), other, inner, k, op.normalize, inverse,
-                       vectors);
+      gradient.pack_factor(other, batch, number);
       packed = h;
     }
     work.multiply(op, of_columns, h, i, count);
@@ -167,11 +164,7 @@ void loss_gradient_strips(const SelfRelationLoss& op, bool of_columns, int64_t b
       }
     }
     pack<T, R>(panel, work.e, sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, work.width, 1, count, inner);
-    strip_product<T>(inner, panel, factor, 0, k, strip, k_width);
-    if (op.normalize)
-      gradient_through_lengths<T>(element(target, batch, number, i), target, count, k, vectors, strip,
-                                  k_width);
-    store_strip<T>(strip, k_width, count, k, out, batch, number, i);
+    gradient.write(panel, target, out, batch, number, i, count);
   }
 }
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
+from fastssl.ops._gradients import times
 from fastssl.ops._relation import relation_of
 from fastssl.reference.self_relation_loss import self_relation_loss as _reference
 
@@ -318,7 +319,7 @@ class _SelfRelationLoss(torch.autograd.Function):
                 gradients, ctx.gradients = ctx.gradients, None
                 if gradients is None:
                     gradients = _forward(ctx.backend, *tensors, *ctx.numbers, ctx.wanted)[2:]
-            results = [_times(g, grad) for g in gradients]
+            results = [times(g, grad) for g in gradients]
         else:
             rows = stats.shape[1:]
             weights = (grad / max(rows.numel(), 1)).expand(rows) if ctx.mean else grad
@@ -329,19 +330,6 @@ class _SelfRelationLoss(torch.autograd.Function):
         if own_columns and grad_student is not None and grad_columns is not None:
             grad_student, grad_columns = grad_student + grad_columns, None
         return (grad_student, None, grad_columns) + (None,) * 11
-
-
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient · factor (a scalar tensor), in place; nothing is done where the factor is 1. Waits for no GPU."""
-    if torch.compiler.is_compiling():
-        return (gradient * factor).to(gradient.dtype)
-    if gradient.is_cuda:
-        from fastssl.kernels.multiply_in_place import multiply_in_place
-
-        multiply_in_place(gradient, factor)
-        return gradient
-    number = float(factor)
-    return gradient if number == 1.0 else gradient.mul_(number)
 
 
 _ARGUMENTS = (
