@@ -29,11 +29,31 @@ def teacher_like(student, width=None, mix=0.5):
     return (teacher if width is None else torch.randn(*student.shape[:2], width)).to(student.dtype)
 
 
-def check(student, teacher, columns=(None, None), *, tolerance=None, largest=0.0, reduction=None, **kwargs):
+def check(
+    student, teacher, columns=(None, None), *, tolerance=None, gradient=None, largest=0.0, reduction=None, **kwargs
+):
     """Value and gradients of one call against float64; both reductions if none is named. largest: of the logits."""
     if reduction is None:
-        check(student, teacher, columns, tolerance=tolerance, largest=largest, reduction="none", **kwargs)
-        return check(student, teacher, columns, tolerance=tolerance, largest=largest, reduction="mean", **kwargs)
+        check(
+            student,
+            teacher,
+            columns,
+            tolerance=tolerance,
+            gradient=gradient,
+            largest=largest,
+            reduction="none",
+            **kwargs,
+        )
+        return check(
+            student,
+            teacher,
+            columns,
+            tolerance=tolerance,
+            gradient=gradient,
+            largest=largest,
+            reduction="mean",
+            **kwargs,
+        )
     backend = kwargs.pop("backend", "cpp")
     names = ("student", "teacher", "student_columns", "teacher_columns")
     tensors = dict(zip(names, (student, teacher, *columns), strict=True))
@@ -53,7 +73,7 @@ def check(student, teacher, columns=(None, None), *, tolerance=None, largest=0.0
     for g, e, leaf in zip(got, expected, wanted, strict=True):
         assert g.dtype == leaf.dtype
         # A float64 gradient of a float32 leaf is rounded to it, and so on.
-        assert_close(g, e, tolerance or GRADIENT[leaf.dtype], f"gradient of {reduction} loss")
+        assert_close(g, e, tolerance or gradient or GRADIENT[leaf.dtype], f"gradient of {reduction} loss")
     return loss
 
 
@@ -201,6 +221,31 @@ def test_rows_that_are_nearly_one_hot(cpu_path, batch, given):
     columns = (student.detach().clone().requires_grad_(), teacher.clone()) if given else (None, None)
     loss = check(student, teacher, columns, largest=float(student.detach().square().sum(-1).max()) * 384**-0.5)
     assert loss < 1e-3
+
+
+@needs_library
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("given", [False, True], ids=["symmetric", "columns"])
+def test_rows_that_are_nearly_one_hot_off_the_diagonal(cpu_path, batch, given):
+    """Pairs of parallel tokens: each shorter one relates to its longer twin, whose logit is 7 above its own."""
+    directions = torch.nn.functional.normalize(torch.randn(batch, 4, 16), dim=-1)
+    student = torch.cat([12.0 * directions, 12.6 * directions], 1).requires_grad_()
+    teacher = 1.02 * student.detach()
+    columns = (student.detach().clone().requires_grad_(), teacher.clone()) if given else (None, None)
+    # Four logits of 159 to 165 make an element of dS, each known to a unit in its last place: 4 · 2e-5.
+    loss = check(student, teacher, columns, scale=1.0, largest=12.6**2, gradient=8e-5)
+    assert loss < 1e-2
+
+
+@needs_library
+@pytest.mark.parametrize("scale", [1e-45, 1e-41, 0.0])
+def test_the_smallest_scales_make_no_nan(scale):
+    student = make(9, 6, 8)
+    for reduction in ("mean", "none"):
+        loss = fastssl.self_relation_loss(
+            student, torch.randn(9, 6, 8), scale=scale, reduction=reduction, backend="cpp"
+        )
+        assert torch.isfinite(gradients(loss, [student], torch.ones_like(loss))[0]).all()
 
 
 @needs_library

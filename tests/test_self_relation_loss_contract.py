@@ -59,6 +59,20 @@ def test_same_bits_for_any_number_of_threads(cpu_path, kind, columns, shape):
 
 
 @needs_library
+def test_the_mean_of_many_rows_has_the_same_bits_for_any_number_of_threads():
+    """torch splits a sum of more than 32768 elements over threads: 75648 rows."""
+    student, teacher = torch.randn(64, 197, 12), torch.randn(64, 197, 12)
+    before, losses = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        losses.append(fastssl.self_relation_loss(student, teacher, num_heads=6, backend="cpp"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(losses[0], other) for other in losses[1:])
+    rows = fastssl.self_relation_loss(student, teacher, num_heads=6, reduction="none", backend="cpp")
+    torch.testing.assert_close(losses[0], rows.double().mean().float())
+
+
+@needs_library
 @KINDS
 @COLUMNS
 @pytest.mark.parametrize("normalize", [False, True])
@@ -135,12 +149,51 @@ def test_compiled_by_inductor_and_with_a_temperature_schedule():
 
 @needs_library
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_are_refused(reduction):
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_are_refused(reduction, power):
+    """Also where the gradient that comes in is a constant: a gradient penalty would count as nothing."""
     student = make(9, 4, 4)
-    loss = fastssl.self_relation_loss(student, torch.randn(9, 4, 4), reduction=reduction, backend="cpp").square().sum()
+    loss = fastssl.self_relation_loss(student, torch.randn(9, 4, 4), reduction=reduction, backend="cpp").sum() ** power
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="self_relation_loss: second derivatives are not implemented"):
+        (loss + grad.square().sum()).backward()
+
+
+@needs_library
+def test_function_transforms_work_or_are_refused():
+    student, teacher = make(3, 4, 4), torch.randn(3, 4, 4)
+
+    def run(x):
+        return fastssl.self_relation_loss(x, teacher, backend="cpp")
+
+    expected = gradients(run(student), [student], torch.ones(()))[0]
+    assert torch.equal(torch.func.grad(run)(student.detach()), expected)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.func.grad(lambda x: torch.func.grad(run)(x).square().sum())(student.detach())
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: fastssl.self_relation_loss(x[None], teacher[:1], backend="cpp"))(student)
+
+
+@needs_library
+@COLUMNS
+@pytest.mark.parametrize("batch", [2, 9], ids=["strips", "one-pass"])
+def test_a_teacher_made_in_inference_mode(columns, batch):
+    given = arguments(batch, columns)
+    expected = gradients(fastssl.self_relation_loss(**given, backend="cpp"), leaves(given), torch.ones(()))
+    with torch.inference_mode():
+        made = {name: t.clone() for name, t in given.items() if name.startswith("teacher")}
+    got = gradients(fastssl.self_relation_loss(**{**given, **made}, backend="cpp"), leaves(given), torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@needs_library
+def test_several_upstream_gradients_at_once():
+    student = make(9, 5, 4)
+    loss = fastssl.self_relation_loss(student, torch.randn(9, 5, 4), backend="cpp")
+    factors = torch.tensor([1.0, 2.0, -0.5])
+    (batched,) = torch.autograd.grad(loss, student, factors, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(batched, factors[:, None, None, None] * one)
 
 
 @needs_library
@@ -387,11 +440,17 @@ def test_the_module_aligns_by_sampling():
     torch.testing.assert_close(got, -(q * p).sum(-1).mean())
 
 
+def test_the_module_has_the_published_temperatures():
+    assert (SelfRelationLoss("pixel").teacher_temp, SelfRelationLoss("channel").teacher_temp) == (0.5, 0.1)
+
+
 def test_the_module_refuses_grids_of_one_side():
     criterion = SelfRelationLoss("pixel")
     grid = torch.zeros(2, 3, 3, 2)
     with pytest.raises(ValueError, match="SelfRelationLoss: student_grids and teacher_grids must be given together"):
         criterion(torch.randn(2, 9, 4), torch.randn(2, 9, 4), student_grids=(grid, grid))
+    with pytest.raises(TypeError, match="SelfRelationLoss: teacher_grids must be a pair of grids"):
+        criterion(torch.randn(2, 9, 4), torch.randn(2, 9, 4), student_grids=(grid, grid), teacher_grids=grid)
     with pytest.raises(ValueError, match="SelfRelationLoss: grids are for kind='pixel', got 'channel'"):
         SelfRelationLoss("channel")(
             torch.randn(2, 9, 4), torch.randn(2, 9, 4), student_grids=(grid, grid), teacher_grids=(grid, grid)

@@ -7,7 +7,8 @@
 // counterpart and q_i = Σ_j F_ij,
 //   W_ij = E_ij (1/r_i + 1/r_j) − F_ij (1/q_i + 1/q_j),  W_ii = −2 Σ_{j≠i} (E_ij/r_i − F_ij/q_i),  dX =
 //   w·s_s·W X.
-// Where logits spread too far for one shift, and with columns, rows are worked on one by one.
+// Where logits spread too far for one shift or others stand far above the diagonal, and with columns, rows
+// are worked on one by one.
 
 namespace fastssl::cpu::FASTSSL_ISA {
 
@@ -91,6 +92,11 @@ struct LossHead {
   }
 };
 
+// The diagonal is a good pivot of rows whose other elements stand at most this far above it. With one that is
+// far above it, what makes a small loss would cancel.
+template <class T>
+constexpr T kDominant = T(4);
+
 // How logits become powers of two: factor and shift of student and teacher.
 template <class T>
 struct Shifts {
@@ -99,20 +105,22 @@ struct Shifts {
 
 // ROWS rows of a symmetric head, whose diagonal lies in one vector, in one panel: S becomes E, T becomes F,
 // and both are summed by rows and by columns. From the diagonal on they are zero.
+// Returns how far an E_ij stands above kDominant times E_ii or E_jj, where one does.
 template <class T, int ROWS>
-FASTSSL_INLINE void symmetric_rows(const LossHead<T>& head, const Shifts<T>& shifts, int64_t row, const T* s,
-                                   int64_t from, int64_t to) {
+FASTSSL_INLINE Vec<T> symmetric_rows(const LossHead<T>& head, const Shifts<T>& shifts, int64_t row,
+                                     const T* s, int64_t from, int64_t to) {
   constexpr int W = Simd<T>::kWidth;
   const int64_t last = row / W * W;
   T *t = head.row(row), *f_row = head.triangle_row(row);
-  Vec<T> sums[ROWS][3], own[ROWS];
+  Vec<T> sums[ROWS][3], own[ROWS], limit[ROWS], excess{};
   for (int r = 0; r < ROWS; ++r) {
     own[r] = broadcast<T>(head.student[row + r]);
+    limit[r] = broadcast<T>(head.corner[row + r]);
     for (int c = 0; c < 3; ++c) sums[r][c] = head.sums[3 * (row + r) + c];
   }
   for (int64_t j = from; j <= last && j < to; j += W) {
     Vec<T> e_column = load<T>(head.e + j), f_column = load<T>(head.f + j), apart = load<T>(head.apart + j);
-    const Vec<T> other = load<T>(head.student + j);
+    const Vec<T> other = load<T>(head.student + j), other_limit = load<T>(head.corner + j);
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r) {
       const Vec<T> product = load<T>(s + r * head.width + j);
@@ -124,6 +132,7 @@ FASTSSL_INLINE void symmetric_rows(const LossHead<T>& head, const Shifts<T>& shi
       }
       store<T>(t + r * head.stride + j, e);
       store<T>(f_row + r * (last + W) + j, f);
+      excess = max<T>(excess, e - (limit[r] < other_limit ? limit[r] : other_limit));
       sums[r][0] += e;
       sums[r][1] += f;
       sums[r][2] += f * (own[r] - product);
@@ -137,24 +146,27 @@ FASTSSL_INLINE void symmetric_rows(const LossHead<T>& head, const Shifts<T>& shi
   }
   for (int r = 0; r < ROWS; ++r)
     for (int c = 0; c < 3; ++c) head.sums[3 * (row + r) + c] = sums[r][c];
+  return excess;
 }
 
 // The rows of one strip, by twos where they can be.
 template <class T>
-FASTSSL_INLINE void symmetric_strip(const LossHead<T>& head, const Shifts<T>& shifts, int64_t i, int64_t from,
-                                    int64_t to) {
+FASTSSL_INLINE Vec<T> symmetric_strip(const LossHead<T>& head, const Shifts<T>& shifts, int64_t i,
+                                      int64_t from, int64_t to) {
   constexpr int W = Simd<T>::kWidth;
   const int64_t end = std::min<int64_t>(head.n, i + kTileRows);
+  Vec<T> excess{};
   for (int64_t row = i; row < end;) {
     const T* s = head.strip + (row - i) * head.width;
     if (row + 1 < end && (row + 1) % W != 0) {
-      symmetric_rows<T, 2>(head, shifts, row, s, from, to);
+      excess = max<T>(excess, symmetric_rows<T, 2>(head, shifts, row, s, from, to));
       row += 2;
     } else {
-      symmetric_rows<T, 1>(head, shifts, row, s, from, to);
+      excess = max<T>(excess, symmetric_rows<T, 1>(head, shifts, row, s, from, to));
       ++row;
     }
   }
+  return excess;
 }
 
 // W_ij of one row i and the columns j … j + W, below the diagonal.
@@ -200,7 +212,7 @@ void panel_of_weights(const LossHead<T>& head, int64_t i, T* panel) {
   }
 }
 
-// Loss of a symmetric head, and what its W is made of; false where it needs a shift for each row.
+// Loss of a symmetric head, and what its W is made of; false where rows need shifts or pivots of their own.
 template <class T>
 bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h) {
   constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
@@ -232,12 +244,19 @@ bool symmetric_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t
   if (shifts.student_shift != shifts.student_shift) return false;
   std::fill(head.sums, head.sums + 3 * n, Vec<T>{});
   for (T* sum : {head.e, head.f, head.apart}) std::fill(sum, sum + round_up(n, W), T(0));
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec<T> own = exp2(load<T>(head.student + i) * shifts.student_factor - shifts.student_shift);
+    store<T>(head.corner + i, own * kDominant<T>);
+  }
+  Vec<T> excess{};
   for_tiles([&](int64_t i, int64_t from, int64_t to) {
     strip_product<T>(op.student.depth, strip_at<T>(head.a, i, op.student.depth), head.b, from, to, head.strip,
                      head.width);
-    symmetric_strip<T>(head, shifts, i, from, to);
+    excess = max<T>(excess, symmetric_strip<T>(head, shifts, i, from, to));
   });
+  if (max_lanes<T>(excess) > 0) return false;
   const T weight = static_cast<T>(op.weight * op.student.scale), scale = static_cast<T>(op.student.scale);
+  if (weight < std::numeric_limits<T>::min()) return false;  // dS over it would not be a number
   for (int64_t i = 0; i < n; ++i) {
     const T e = head.e[i] + sum_lanes<T>(head.sums[3 * i]),
             f = head.f[i] + sum_lanes<T>(head.sums[3 * i + 1]);

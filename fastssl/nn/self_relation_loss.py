@@ -24,10 +24,10 @@ class SelfRelationLoss(nn.Module):
     sampling is linear; the relation itself is never made. No parameters.
 
     Args:
-        kind: "pixel" relates tokens (SERE: the backbone's num_heads, teacher_temp 0.5), "channel" channels
-            (SERE: one head, teacher_temp 0.1).
+        kind: "pixel" relates tokens (SERE: the backbone's num_heads), "channel" channels (SERE: one head).
         num_heads: H, a divisor of the channels.
-        student_temp, teacher_temp: temperatures, finite numbers above 0.
+        student_temp: temperature, a finite number above 0.
+        teacher_temp: the same; None means SERE's, 0.5 for "pixel" and 0.1 for "channel".
         normalize: cosine similarities instead of dot products.
 
     Source: SERE (arXiv 2206.05184), eq. 3 and 5.
@@ -38,13 +38,15 @@ class SelfRelationLoss(nn.Module):
         kind: str = "pixel",
         num_heads: int = 1,
         student_temp: float = 1.0,
-        teacher_temp: float = 0.5,
+        teacher_temp: float | None = None,
         normalize: bool = False,
     ) -> None:
         super().__init__()
         _checks.check_choice(_OP, "kind", kind, ("pixel", "channel"))
         _checks.check_count(_OP, "num_heads", num_heads)
         _checks.check_number(_OP, "student_temp", student_temp, positive=True)
+        if teacher_temp is None:
+            teacher_temp = 0.5 if kind == "pixel" else 0.1
         _checks.check_number(_OP, "teacher_temp", teacher_temp, positive=True)
         _checks.check_flag(_OP, "normalize", normalize)
         self.kind = kind
@@ -78,8 +80,11 @@ class SelfRelationLoss(nn.Module):
         if student_grids is not None and teacher_grids is not None:
             if self.kind != "pixel":
                 raise ValueError(f"{_OP}: grids are for kind='pixel', got {self.kind!r}")
+            for name, grids in (("student_grids", student_grids), ("teacher_grids", teacher_grids)):
+                if not isinstance(grids, tuple | list) or len(grids) != 2:
+                    raise TypeError(f"{_OP}: {name} must be a pair of grids, of rows and of columns, got {type(grids)}")
             student, student_columns = (sample_tokens(student, grid) for grid in student_grids)
-            teacher, teacher_columns = (sample_tokens(teacher, grid) for grid in teacher_grids)
+            teacher, teacher_columns = (sample_tokens(teacher.detach(), grid) for grid in teacher_grids)
         return self_relation_loss(
             student,
             teacher,

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._gradients import times
+from fastssl.ops._gradients import first_derivatives_only, saved, times, wants_gradient, without_inference_tensors
 from fastssl.reference.gram_loss import gram_loss as _reference
 
 _OP = "gram_loss"
@@ -107,7 +106,7 @@ def _check(student: Any, teacher: Any, normalize: Any, remove_negatives: Any, pe
         )
     if not per_image:
         x, y = (rows.reshape(1, rows.shape[0] * rows.shape[1], rows.shape[2]) for rows in (x, y))
-    needs_grad = student.requires_grad and torch.is_grad_enabled()
+    needs_grad = wants_gradient(student) and torch.is_grad_enabled()
     return _Args(x, y, (int(normalize), _REMOVE.index(remove_negatives)), needs_grad)
 
 
@@ -164,16 +163,17 @@ class _GramLoss(torch.autograd.Function):
         gradient = output[1]
         ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)
+        kept = without_inference_tensors(ctx, *tensors)
         if torch.compiler.is_compiling():
-            ctx.save_for_backward(*tensors, gradient)
+            ctx.save_for_backward(*kept, gradient)
         else:
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*kept)
             ctx.gradient = gradient if ctx.eager else None
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only(_OP)
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        student, teacher = ctx.saved_tensors[:2]
+        student, teacher = saved(ctx)[:2]
         if grad is None:
             return (None,) * 6
         numbers = (ctx.normalize, ctx.remove)

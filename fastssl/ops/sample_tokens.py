@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
+from fastssl.ops._gradients import first_derivatives_only, wants_gradient
 from fastssl.reference.sample_tokens import sample_tokens as _reference
 
 _OP = "sample_tokens"
@@ -84,7 +84,7 @@ def _check(x: Any, grid: Any, grid_size: Any) -> _Args:
         raise ValueError(f"{_OP}: grid must be (B, k, k', 2), got {_checks.shape(grid)}")
     if grid.shape[0] != tokens.shape[0]:
         raise ValueError(f"{_OP}: grid must have x's batch (B = {tokens.shape[0]}), got {_checks.shape(grid)}")
-    needs_grad = (x.requires_grad or grid.requires_grad) and torch.is_grad_enabled()
+    needs_grad = (wants_gradient(x) or wants_gradient(grid)) and torch.is_grad_enabled()
     return _Args(tokens, grid.flatten(1, 2), needs_grad)
 
 
@@ -120,7 +120,7 @@ class _SampleTokens(torch.autograd.Function):
         ctx.save_for_backward(x, grid)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only(_OP)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, grid = ctx.saved_tensors
         ops = torch.ops.fastssl

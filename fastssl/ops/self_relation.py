@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
+from fastssl.ops._gradients import first_derivatives_only, wants_gradient
 from fastssl.ops._relation import relation_of
 from fastssl.reference.self_relation import self_relation as _reference
 
@@ -104,7 +104,7 @@ def _check(x: Any, kind: Any, num_heads: Any, scale: Any, temp: Any, columns: An
     _checks.check_flag(_OP, "normalize", normalize)
     names = ("x", "columns", "temp")
     rows, cols, factor = relation_of(_OP, names, x, columns, kind == "channel", num_heads, scale, temp)
-    needs_grad = x.requires_grad or (cols is not None and cols.requires_grad)
+    needs_grad = wants_gradient(x) or (cols is not None and wants_gradient(cols))
     return _Args(
         rows,
         cols,
@@ -182,7 +182,7 @@ class _SelfRelation(torch.autograd.Function):
         ctx.save_for_backward(output, x, x if columns is None else columns)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only(_OP)
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         relation, x, columns = ctx.saved_tensors
         ops = torch.ops.fastssl

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._gradients import times
+from fastssl.ops._gradients import first_derivatives_only, mean, saved, times, wants_gradient, without_inference_tensors
 from fastssl.ops._relation import relation_of
 from fastssl.reference.self_relation_loss import self_relation_loss as _reference
 
@@ -96,14 +95,14 @@ def self_relation_loss(
     if chosen == "reference":
         return _reference(student, teacher, **options)
     tensors = (args.student, args.teacher.detach(), args.student_columns, _detached(args.teacher_columns))
-    mean = reduction == "mean"
+    of_mean = reduction == "mean"
     # Forward-mode derivatives would be lost in a raw operator; the Function refuses them.
     if args.needs_grad or torch.autograd.forward_ad._current_level >= 0:
-        eager = mean and _in_one_pass(chosen, args)
-        result: Tensor = _SelfRelationLoss.apply(*tensors, *args.numbers, args.wanted(), mean, eager, chosen)[0]
+        eager = of_mean and _in_one_pass(chosen, args)
+        result: Tensor = _SelfRelationLoss.apply(*tensors, *args.numbers, args.wanted(), of_mean, eager, chosen)[0]
         return result
     loss = _forward(chosen, *_pairs(*tensors), *args.numbers, 0)[0]
-    return _mean(loss) if mean else loss
+    return mean(loss) if of_mean else loss
 
 
 class _Args(NamedTuple):
@@ -120,7 +119,7 @@ class _Args(NamedTuple):
     def wanted(self) -> int:
         """Which gradients: of the student's rows 1, of its columns 2, which may be the same tensor."""
         columns = self.student if self.student_columns is None else self.student_columns
-        return int(self.student.requires_grad) + 2 * int(columns.requires_grad and not self.numbers[5])
+        return int(wants_gradient(self.student)) + 2 * int(wants_gradient(columns) and not self.numbers[5])
 
     def rows_columns_depth(self) -> tuple[int, int, int]:
         """R, M and K of the student's relation."""
@@ -186,7 +185,7 @@ def _check(
                 f"{_OP}: teacher_columns must give as many columns as student_columns (M = {wanted}), got {got}"
             )
     symmetric = int(student_cols is None and teacher_cols is None)
-    needs_grad = student.requires_grad or (student_cols is not None and student_cols.requires_grad)
+    needs_grad = wants_gradient(student) or (student_cols is not None and wants_gradient(student_cols))
     return _Args(
         student_rows,
         teacher_rows,
@@ -232,7 +231,9 @@ def _in_one_pass(backend: str, args: _Args) -> bool:
     if backend == "cpp":
         heads = args.student.shape[0] * args.numbers[1]
         return rows * columns <= ONE_PASS_CPP and heads >= ONE_PASS_CPP_HEADS
-    return max(rows, columns) <= ONE_PASS_TRITON and depth <= ONE_PASS_TRITON_DEPTH
+    channel, num_heads = args.numbers[:2]
+    teacher_depth = args.teacher.shape[1] if channel else args.teacher.shape[2] // num_heads
+    return max(rows, columns) <= ONE_PASS_TRITON and max(depth, teacher_depth) <= ONE_PASS_TRITON_DEPTH
 
 
 def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -258,12 +259,8 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def _mean(loss: Tensor) -> Tensor:
-    return loss.mean() if loss.numel() > 0 else loss.sum()
-
-
 class _SelfRelationLoss(torch.autograd.Function):
-    """Saves the tokens and two statistics per row; or, in one pass, the gradient instead of the statistics.
+    """Saves the tokens and some statistics per row; or, in one pass, the gradient instead of the statistics.
 
     Its outputs beside the loss carry what is saved from forward to setup_context.
     """
@@ -281,36 +278,37 @@ class _SelfRelationLoss(torch.autograd.Function):
         normalize: int,
         symmetric: int,
         wanted: int,
-        mean: bool,
+        of_mean: bool,
         eager: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors = _pairs(student, teacher, student_columns, teacher_columns)
         numbers = (channel, num_heads, student_scale, teacher_scale, normalize, symmetric)
         loss, stats, grad_student, grad_columns = _forward(backend, *tensors, *numbers, wanted if eager else 0)
-        return _mean(loss) if mean else loss, stats, grad_student, grad_columns
+        return mean(loss) if of_mean else loss, stats, grad_student, grad_columns
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors = inputs[:4]
-        *ctx.numbers, ctx.wanted, ctx.mean, ctx.eager, ctx.backend = inputs[4:]
+        *ctx.numbers, ctx.wanted, ctx.of_mean, ctx.eager, ctx.backend = inputs[4:]
         _, stats, *gradients = output
         ctx.mark_non_differentiable(stats, *gradients)
         ctx.set_materialize_grads(False)
+        kept = without_inference_tensors(ctx, *tensors, None if ctx.eager else stats)
         if torch.compiler.is_compiling():
-            ctx.save_for_backward(*tensors, stats, *gradients)
+            ctx.save_for_backward(*kept, *gradients)
         else:
-            ctx.save_for_backward(*tensors, stats)
+            ctx.save_for_backward(*kept)
             ctx.gradients = gradients if ctx.eager else None
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only(_OP)
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        *tensors, stats = ctx.saved_tensors[:5]
+        *given, stats = saved(ctx)[:5]
         if grad is None:
             return (None,) * 14
-        own_columns = tensors[2] is None
-        tensors = _pairs(*tensors)
+        own_columns = given[2] is None
+        tensors = _pairs(*given)
         if ctx.eager:
             if torch.compiler.is_compiling():
                 gradients = ctx.saved_tensors[5:]
@@ -322,7 +320,7 @@ class _SelfRelationLoss(torch.autograd.Function):
             results = [times(g, grad) for g in gradients]
         else:
             rows = stats.shape[1:]
-            weights = (grad / max(rows.numel(), 1)).expand(rows) if ctx.mean else grad
+            weights = (grad / max(rows.numel(), 1)).expand(rows) if ctx.of_mean else grad
             ops = torch.ops.fastssl
             run = ops.self_relation_loss_backward if ctx.backend == "cpp" else ops.self_relation_loss_backward_triton
             results = run(weights, stats, *tensors, *ctx.numbers, ctx.wanted)
