@@ -11,6 +11,7 @@ No atomics: results are bitwise repeatable.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,10 +43,10 @@ def gram_squares(
     teacher_inverse,
     sums,  # (B, blocks of rows) float32, contiguous: output
     N, K, L,
+    student_least, teacher_least,  # similarities below it count as 0: 0 or −∞
     student_batch, student_row, student_depth,
     teacher_batch, teacher_row, teacher_depth,
     NORMALIZE: tl.constexpr,
-    REMOVE: tl.constexpr,  # whose negative similarities count as 0: 0 nobody's, 1 the teacher's, 2 both
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_GRAM: tl.constexpr,
 ):  # fmt: skip
     """Share of a block of rows in Σ (S − T)²."""
@@ -60,8 +61,9 @@ def gram_squares(
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for column in range(0, tl.minimum(row + BLOCK_ROWS, N), BLOCK_COLUMNS):
         d = _differences(
-            student, teacher, student_inverse, teacher_inverse, row, column, N, K, L, student_row, student_depth,
-            teacher_row, teacher_depth, NORMALIZE, REMOVE, False, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_GRAM,
+            student, teacher, student_inverse, teacher_inverse, row, column, N, K, L, student_least, teacher_least,
+            student_row, student_depth, teacher_row, teacher_depth, NORMALIZE, False,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_GRAM,
         )  # fmt: skip
         below = (row - column) + (tl.arange(0, BLOCK_ROWS)[:, None] - tl.arange(0, BLOCK_COLUMNS)[None, :])
         total += tl.where(below > 0, 2.0, tl.where(below == 0, 1.0, 0.0)) * (d * d)
@@ -77,16 +79,15 @@ def gram_product(
     teacher_inverse,
     product,  # (B, N, K) by its strides: output
     N, K, L,
-    lift,  # D is multiplied by it on its way into the product: float16 keeps too little of small differences
-    scale,  # 4 w / lift
+    student_least, teacher_least,  # as of gram_squares
+    scale,  # 4 w
     student_batch, student_row, student_depth,
     teacher_batch, teacher_row, teacher_depth,
     product_batch, product_row, product_depth,
     NORMALIZE: tl.constexpr,  # product is the gradient of the unit tokens
-    REMOVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_GRAM: tl.constexpr,
 ):  # fmt: skip
-    """product = upstream · scale · lift · D student; of the unit tokens if NORMALIZE."""
+    """product = upstream · scale · D student; of the unit tokens if NORMALIZE."""
     row_blocks = tl.cdiv(N, BLOCK_ROWS)
     depth_blocks = tl.cdiv(K, BLOCK_DEPTH)
     block = tl.program_id(0) // depth_blocks
@@ -101,15 +102,16 @@ def gram_product(
     accumulator = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
     for column in range(0, N, BLOCK_COLUMNS):
         d = _differences(
-            student, teacher, student_inverse, teacher_inverse, row, column, N, K, L, student_row, student_depth,
-            teacher_row, teacher_depth, NORMALIZE, REMOVE, True, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_GRAM,
+            student, teacher, student_inverse, teacher_inverse, row, column, N, K, L, student_least, teacher_least,
+            student_row, student_depth, teacher_row, teacher_depth, NORMALIZE, True,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_GRAM,
         )  # fmt: skip
         x = load_tile(student, column, k, N, K, student_row, student_depth, BLOCK_COLUMNS, BLOCK_DEPTH)
         if NORMALIZE and x.dtype == tl.float16:  # whose range D over a length may leave
             x = (x * load_tile(student_inverse, column, 0, N, 1, 1, 0, BLOCK_COLUMNS, 1)).to(tl.float16)
         elif NORMALIZE:
             d *= load_tile(student_inverse, 0, column, 1, N, 0, 1, 1, BLOCK_COLUMNS)
-        accumulator = multiply((d * lift).to(x.dtype), x, accumulator, False)
+        accumulator = multiply(d.to(x.dtype), x, accumulator, False)
     accumulator *= scale * tl.load(upstream)
     store_tile(product, accumulator, row, k, N, K, product_row, product_depth, BLOCK_ROWS, BLOCK_DEPTH)
 
@@ -117,8 +119,8 @@ def gram_product(
 @triton.jit
 def _differences(
     student, teacher, student_inverse, teacher_inverse,  # of one image
-    row, column, N, K, L, student_row, student_depth, teacher_row, teacher_depth,
-    NORMALIZE: tl.constexpr, REMOVE: tl.constexpr,
+    row, column, N, K, L, student_least, teacher_least, student_row, student_depth, teacher_row, teacher_depth,
+    NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,  # 0 where the student's similarity was removed: half the gradient of the square
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_GRAM: tl.constexpr,
 ):  # fmt: skip
@@ -134,12 +136,12 @@ def _differences(
     if NORMALIZE:
         s *= _inverses(student_inverse, row, column, N, BLOCK_ROWS, BLOCK_COLUMNS)
         t *= _inverses(teacher_inverse, row, column, N, BLOCK_ROWS, BLOCK_COLUMNS)
-    if REMOVE >= 1:
-        t = tl.where(t < 0.0, 0.0, t)
-    if MASKED and REMOVE == 2:
-        t = tl.where(s < 0.0, s, t)
-    elif REMOVE == 2:
-        s = tl.where(s < 0.0, 0.0, s)
+    t = tl.where(t < teacher_least, 0.0, t)
+    removed = s < student_least
+    if MASKED:
+        t = tl.where(removed, s, t)
+    else:
+        s = tl.where(removed, 0.0, s)
     return s - t
 
 
@@ -178,9 +180,9 @@ SQUARES = {
 #: The same of gram_product, for few rows, then for each BLOCK_DEPTH.
 PRODUCT = {
     "few": ((16, 16, 1, 2), (16, 16, 1, 1), (16, 16, 1, 1), (16, 16, 1, 1)),
-    64: ((64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
+    64: ((64, 32, 4, 2), (64, 16, 4, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
     128: ((64, 32, 4, 1), None, (32, 32, 8, 1), (16, 16, 4, 1)),
-    256: ((128, 32, 8, 1), None, None, None),
+    256: ((64, 32, 8, 2), None, None, None),
 }
 #: Up to this many rows, blocks of 64 would be mostly padding.
 FEW = 48
@@ -206,20 +208,20 @@ class Traits(NamedTuple):
         return 16 if self.exact else 32
 
 
-def squares_choice(rows: int, traits: Traits, normalize: int, remove: int) -> Choice:
+def squares_choice(rows: int, traits: Traits, normalize: int) -> Choice:
     block, width, warps, stages = traits.pick(SQUARES["few" if rows <= FEW else "many"])
     blocks = {"BLOCK_ROWS": block, "BLOCK_COLUMNS": width, "BLOCK_GRAM": traits.gram_depth}
-    return Choice(gram_squares, {"NORMALIZE": normalize, "REMOVE": remove, **blocks}, warps, stages)
+    return Choice(gram_squares, {"NORMALIZE": normalize, **blocks}, warps, stages)
 
 
-def product_choice(rows: int, depth: int, teacher_depth: int, traits: Traits, normalize: int, remove: int) -> Choice:
+def product_choice(rows: int, depth: int, teacher_depth: int, traits: Traits, normalize: int) -> Choice:
     # Every depth block makes both Gram matrices again, which costs more than padding, up to a point.
     widths = [width for width in (64, 128, 256) if traits.pick(PRODUCT[width]) is not None]
     width = min(widths, key=lambda width: triton.cdiv(depth, width) * (depth + teacher_depth + width))
     few = rows <= FEW and width == 64
     block, columns, warps, stages = traits.pick(PRODUCT["few" if few else width])
     blocks = {"BLOCK_ROWS": block, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": width, "BLOCK_GRAM": traits.gram_depth}
-    return Choice(gram_product, {"NORMALIZE": normalize, "REMOVE": remove, **blocks}, warps, stages)
+    return Choice(gram_product, {"NORMALIZE": normalize, **blocks}, warps, stages)
 
 
 def forward(student: Tensor, teacher: Tensor, normalize: int, remove: int, wanted: int) -> tuple[Tensor, Tensor]:
@@ -227,10 +229,10 @@ def forward(student: Tensor, teacher: Tensor, normalize: int, remove: int, wante
     with on_device(student):
         own, target = Side.of_tokens(student, normalize), Side.of_tokens(teacher, normalize)
         rows = own.tokens
-        choice = squares_choice(rows.rows, Traits.of(own, target), normalize, remove)
+        choice = squares_choice(rows.rows, Traits.of(own, target), normalize)
         blocks = triton.cdiv(rows.rows, choice.constexprs["BLOCK_ROWS"])
         sums = student.new_empty((rows.batch, blocks), dtype=torch.float32)
-        launch(choice, rows.batch * blocks, *_tensors(own, target, sums), sums, *_sizes(own, target))
+        launch(choice, rows.batch * blocks, *_tensors(own, target, sums), sums, *_sizes(own, target, *_LEAST[remove]))
         loss = (sums.sum(dtype=torch.float64) * _weight(rows)).float()
         if not wanted:
             return loss, student.new_empty(0)
@@ -256,6 +258,10 @@ def _sizes(own: Side, target: Side, *between: float) -> tuple[float, ...]:
     return x.rows, x.depth, y.depth, *between, *_strides_of(x), *_strides_of(y)
 
 
+#: student_least and teacher_least for `remove`: nobody's negative similarities, the teacher's, both.
+_LEAST = ((-math.inf, -math.inf), (-math.inf, 0.0), (0.0, 0.0))
+
+
 def _weight(rows: Vectors) -> float:
     """Of each (S − T)²."""
     return 1.0 / max(rows.batch * rows.rows * rows.rows, 1)
@@ -267,13 +273,11 @@ def _gradient(upstream: Tensor, own: Side, target: Side, student: Tensor, remove
     result = Vectors.of_tokens(grad, 0, 1)
     normalize = own.inverse is not None
     product = rows.like(torch.empty_like(rows.tensor, dtype=torch.float32)) if normalize else result
-    # Differences of cosines are at most 2; nothing is known of others.
-    lift = 4096.0 if normalize and rows.tensor.dtype == torch.float16 else 1.0
     depths = (rows.depth, target.tokens.depth)
-    choice = product_choice(rows.rows, *depths, Traits.of(own, target), int(normalize), remove)
+    choice = product_choice(rows.rows, *depths, Traits.of(own, target), int(normalize))
     programs = rows.batch * triton.cdiv(rows.rows, choice.constexprs["BLOCK_ROWS"])
     programs *= triton.cdiv(rows.depth, choice.constexprs["BLOCK_DEPTH"])
-    sizes = (*_sizes(own, target, lift, 4.0 * _weight(rows) / lift), *_strides_of(product))
+    sizes = (*_sizes(own, target, *_LEAST[remove], 4.0 * _weight(rows)), *_strides_of(product))
     launch(choice, programs, upstream, *_tensors(own, target, upstream), product.tensor, *sizes)
     if own.inverse is not None:
         backward_through_lengths(product.tensor, rows, own.inverse, result)
@@ -283,7 +287,7 @@ def _gradient(upstream: Tensor, own: Side, target: Side, student: Tensor, remove
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every block size in the layouts it is for, and a sample of the rest: float16, mixed dtypes, what is removed."""
+    """Every block size in the layouts it is for, and a sample of the rest: float16, mixed dtypes, no lengths."""
     for dtype in ("bf16", "fp32"):
         for layout in ("tokens", "odd width"):
             for rows in (16, 200):
@@ -291,26 +295,25 @@ def configurations() -> Iterator[Configuration]:
             for rows, depth in ((16, 64), (200, 64), (200, 128), (200, 256)):
                 if depth == 64 or _traits(layout, dtype).pick(PRODUCT[depth]) is not None:
                     yield _product(rows, depth, layout, dtype, result="fp32")
-        yield _squares(200, "odd map", dtype, remove=2)
-        yield _product(200, 64, "odd map", dtype, remove=2, result="fp32")
-    yield _squares(200, "tokens", "bf16", normalize=0, remove=1)
+        yield _squares(200, "odd map", dtype)
+        yield _product(200, 64, "odd map", dtype, result="fp32")
+    yield _squares(200, "tokens", "bf16", normalize=0)
     yield _squares(200, "tokens", "bf16", teacher="fp32")
     yield _squares(16, "single", "bf16")
-    yield _product(200, 256, "tokens", "bf16", normalize=0, remove=2)
-    yield _product(200, 64, "tokens", "bf16", remove=1, teacher="fp32", result="fp32")
+    yield _product(200, 256, "tokens", "bf16", normalize=0)
+    yield _product(200, 64, "tokens", "bf16", teacher="fp32", result="fp32")
     yield _product(200, 256, "tokens", "fp16", result="fp32")
 
 
-def _squares(
-    rows: int, layout: str, dtype: str, *, normalize: int = 1, remove: int = 0, teacher: str = ""
-) -> Configuration:
+def _squares(rows: int, layout: str, dtype: str, *, normalize: int = 1, teacher: str = "") -> Configuration:
     """teacher: its dtype, if not the student's."""
     _, _, count, depth, _ = LAYOUTS[layout]
     strides = _strides(layout)
     return configuration(
-        squares_choice(rows, _traits(layout, dtype + teacher), normalize, remove),
+        squares_choice(rows, _traits(layout, dtype + teacher), normalize),
         f"{dtype} {layout}" + (f" {teacher} teacher" if teacher else ""),
-        f"*{dtype}:16 *{teacher or dtype}:16 *fp32:16 *fp32:16 *fp32:16 {count} {depth} {depth} {strides} {strides}",
+        f"*{dtype}:16 *{teacher or dtype}:16 *fp32:16 *fp32:16 *fp32:16",
+        f"{count} {depth} {depth} fp32 fp32 {strides} {strides}",
     )
 
 
@@ -321,17 +324,16 @@ def _product(
     dtype: str,
     *,
     normalize: int = 1,
-    remove: int = 0,
     teacher: str = "",
     result: str = "",
 ) -> Configuration:
     """teacher, result: dtypes of the teacher and the product, if not that of the student."""
     _, _, count, depth, _ = LAYOUTS[layout]
     return configuration(
-        product_choice(rows, width, width, _traits(layout, dtype + teacher), normalize, remove),
+        product_choice(rows, width, width, _traits(layout, dtype + teacher), normalize),
         f"{dtype} {layout}" + (f" {teacher} teacher" if teacher else ""),
         f"*fp32:16 *{dtype}:16 *{teacher or dtype}:16 *fp32:16 *fp32:16 *{result or dtype}:16",
-        f"{count} {depth} {depth} fp32 fp32",
+        f"{count} {depth} {depth} fp32 fp32 fp32",
         *[_strides(layout)] * 3,
     )
 
