@@ -2,11 +2,11 @@
 // matrix dS stays in a core's cache. Included by self_relation_loss.h, once per instruction set.
 //
 // Without columns S and T are symmetric, and one shift c for the whole head keeps E_ij = 2^(f·S_ij − c)
-// symmetric. Then only tiles on and above the diagonal are computed; each element counts for its row and for
+// symmetric. Then only tiles on and below the diagonal are computed; each element counts for its row and for
 // its column. The pivot of every row is its diagonal element. With r_i = Σ_j E_ij of the student, F its
 // counterpart and q_i = Σ_j F_ij,
-//   W_ij = E_ij (1/r_i + 1/r_j) − F_ij (1/q_i + 1/q_j),  W_ii = −2 Σ_{j≠i} (E_ij/r_i − F_ij/q_i),  dX =
-//   w·s_s·W X.
+//   W_ij = E_ij (1/r_i + 1/r_j) − F_ij (1/q_i + 1/q_j),  W_ii = −2 Σ_{j≠i} (E_ij/r_i − F_ij/q_i),
+//   dX = w·s_s·W X.
 // Where logits spread too far for one shift or others stand far above the diagonal, and with columns, rows
 // are worked on one by one.
 
@@ -59,8 +59,6 @@ struct LossHead {
   explicit LossHead(const SelfRelationLoss& op)
       : n(op.rows), m(op.columns), stride(round_up(m, W)), width(round_up(m, C)), padded(round_up(n, W)) {
     if (stride / W % 2 == 0) stride += W;
-    // The matrices of one head are no more than a few megabytes: they are worked on head by head for that
-    // reason.
   }
 
   // take(pointer, count) for every piece: once to count their bytes, once to place them.
