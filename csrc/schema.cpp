@@ -27,4 +27,13 @@ STABLE_TORCH_LIBRARY(fastssl, m) {
       "self_relation_loss_backward(Tensor weights, Tensor stats, Tensor student, Tensor teacher, Tensor "
       "student_columns, Tensor teacher_columns, int channel, int num_heads, float student_scale, float "
       "teacher_scale, int normalize, int symmetric, int wanted) -> (Tensor, Tensor)");
+  m.def(
+      "simpool_forward(Tensor x, Tensor wq, Tensor bq, Tensor wk, Tensor norm_weight, Tensor norm_bias, "
+      "Tensor beta, int num_heads, float scale, float gamma, int channel_min, float eps, float norm_eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "simpool_backward(Tensor grad, Tensor grad_attention, Tensor rows, Tensor vectors, Tensor minimum, "
+      "Tensor x, Tensor wq, Tensor bq, Tensor wk, Tensor norm_weight, Tensor norm_bias, Tensor beta, int "
+      "num_heads, float scale, float gamma, int channel_min, float eps, float norm_eps, int wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -6,6 +6,7 @@ from fastssl.ops.gram_loss import gram_loss
 from fastssl.ops.sample_tokens import sample_tokens
 from fastssl.ops.self_relation import self_relation
 from fastssl.ops.self_relation_loss import self_relation_loss
+from fastssl.ops.simpool import simpool
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,6 @@ __all__ = [
     "sample_tokens",
     "self_relation",
     "self_relation_loss",
+    "simpool",
     "use_backend",
 ]

@@ -37,4 +37,11 @@ PREFERENCE: dict[str, dict[str, tuple[Choice, ...]]] = {
         "cpu": (Choice("cpp", "4.2 times as fast as eager with backward, 2.3 for channels: benches/results"),),
         "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
     },
+    "simpool": {
+        "cpu": (Choice("cpp", "unmeasured"),),
+        "cuda": (
+            Choice("triton", "unverified: no GPU has run it yet"),
+            Choice("cpp", "unverified: no GPU has run it yet"),
+        ),
+    },
 }
