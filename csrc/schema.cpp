@@ -36,4 +36,15 @@ STABLE_TORCH_LIBRARY(fastssl, m) {
       "Tensor x, Tensor wq, Tensor bq, Tensor wk, Tensor norm_weight, Tensor norm_bias, Tensor beta, int "
       "num_heads, float scale, float gamma, int channel_min, float eps, float norm_eps, int wanted) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_attention_forward(Tensor q, Tensor k, Tensor v, Tensor keep, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "masked_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor "
+      "keep, float scale) -> Tensor");
+  m.def(
+      "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float "
+      "scale) -> (Tensor, Tensor)");
+  m.def(
+      "packed_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor "
+      "cu_seqlens, int max_seqlen, float scale) -> Tensor");
 }

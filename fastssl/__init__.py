@@ -3,6 +3,8 @@
 from fastssl import nn
 from fastssl._backends import Explanation, explain, use_backend
 from fastssl.ops.gram_loss import gram_loss
+from fastssl.ops.masked_attention import masked_attention
+from fastssl.ops.packed_attention import packed_attention
 from fastssl.ops.sample_tokens import sample_tokens
 from fastssl.ops.self_relation import self_relation
 from fastssl.ops.self_relation_loss import self_relation_loss
@@ -15,7 +17,9 @@ __all__ = [
     "__version__",
     "explain",
     "gram_loss",
+    "masked_attention",
     "nn",
+    "packed_attention",
     "sample_tokens",
     "self_relation",
     "self_relation_loss",

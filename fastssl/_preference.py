@@ -17,6 +17,14 @@ PREFERENCE: dict[str, dict[str, tuple[Choice, ...]]] = {
         "cpu": (Choice("cpp", "1.9 times as fast as eager forward, 2.2 with backward: benches/results"),),
         "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
     },
+    "masked_attention": {
+        "cpu": (Choice("cpp", "unmeasured"),),
+        "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
+    },
+    "packed_attention": {
+        "cpu": (Choice("cpp", "unmeasured"),),
+        "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),
+    },
     "sample_tokens": {
         "cpu": (Choice("cpp", "6.6 times as fast as eager forward, 7.8 with backward: benches/results"),),
         "cuda": (Choice("triton", "unverified: no GPU has run it yet"),),

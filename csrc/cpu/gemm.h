@@ -128,25 +128,26 @@ FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t ro
   }
 }
 
-// c[i][j] = Σ_k a[k][i] b[k][j] for kTileRows rows and NV vectors of columns. `b_lanes` is the width of b's
-// panel. Sums run over kChunk products at a time: one long chain of alike terms would round the same way
-// every time, and its error would grow with the depth.
+// c[i][j] = Σ_k a[i · ROW + k · DEPTH] b[k][j] for kTileRows rows and NV vectors of columns; added to c with
+// ADD. `b_stride` is the distance of b's rows. Sums run over kChunk products at a time: one long chain of
+// alike terms would round the same way every time, and its error would grow with the depth.
 constexpr int64_t kChunk = 64;
 
-template <class T, int NV>
-FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
+template <class T, int NV, int64_t ROW, int64_t DEPTH, bool ADD>
+FASTSSL_INLINE void strided_tile(int64_t depth, const T* a, const T* b, int64_t b_stride, T* c,
+                                 int64_t c_stride) {
   constexpr int W = Simd<T>::kWidth;
   int64_t k = 0;
   do {
-    const bool first = k == 0;
+    const bool fresh = !ADD && k == 0;
     Vec<T> sum[kTileRows][NV] = {};
     for (const int64_t end = std::min(depth, k + kChunk); k < end; ++k) {
       Vec<T> column[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_lanes + v * W);
+      for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_stride + v * W);
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
-        const Vec<T> row = broadcast<T>(a[k * kStripStride<T> + i]);
+        const Vec<T> row = broadcast<T>(a[k * DEPTH + i * ROW]);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[i][v] += row * column[v];
       }
@@ -156,10 +157,15 @@ FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes,
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         T* to = c + i * c_stride + v * W;
-        store<T>(to, first ? sum[i][v] : load<T>(to) + sum[i][v]);
+        store<T>(to, fresh ? sum[i][v] : load<T>(to) + sum[i][v]);
       }
     }
   } while (k < depth);
+}
+// The same of a packed strip.
+template <class T, int NV>
+FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
+  strided_tile<T, NV, 1, kStripStride<T>, false>(depth, a, b, b_lanes, c, c_stride);
 }
 
 // One strip of a product: kTileRows rows against columns [from, to) of the packed panels `b`; `from` is a

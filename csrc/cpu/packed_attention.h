@@ -1,0 +1,270 @@
+// Attention within one (sequence, head) on the CPU, forward and backward. Included once per instruction set
+// by foreach_isa.h.
+//
+// Queries are lanes: the logits of a block of queries stand as logits[key][query], so that maxima,
+// exponentials and sums over the keys are plain arithmetic on vectors, and so that the same matrix is the
+// left factor of every product that follows, read either way round in place: out = Pᵀ V and dQ = dSᵀ K over
+// the keys, dV = P dO and dK = dS Q over the queries. Tokens are copied to rows of T first, from wherever
+// they lie: a few tens of kilobytes that stay in the second-level cache. With queries scaled by scale ·
+// log2(e), P = 2^(logits − maximum) / sum.
+
+namespace fastssl::cpu::FASTSSL_ISA {
+
+// Queries of a block, and the distance of the matrix's rows: an odd number of cache lines. For short
+// sequences a smaller one, that the first-level cache may hold.
+constexpr int64_t kLongBlock = 256, kShortBlock = 64;
+constexpr int64_t row_distance(int64_t block) { return block + 16; }
+
+template <class T, class S>
+void copy_row(const S* from, int64_t stride, int64_t depth, T factor, T* to, int64_t padded) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t c = 0; c < padded; c += W) {
+    const int64_t lanes = std::min<int64_t>(W, depth - c);
+    const Vec<T> v = stride != 1  ? load_strided<T>(from + c * stride, stride, lanes)
+                     : lanes == W ? load_any<T>(from + c)
+                                  : load_part<T>(from + c, lanes, T{0});
+    store<T>(to + c, v * factor);
+  }
+}
+template <class T, class S>
+void write_row(const T* from, int64_t depth, T factor, S* to, int64_t stride) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t c = 0; c < depth; c += W) {
+    const Vec<T> v = load<T>(from + c) * factor;
+    const int64_t lanes = std::min<int64_t>(W, depth - c);
+    if (stride == 1 && lanes == W) {
+      store_any<T>(to + c, v);
+    } else {
+      S one[W];
+      store_any<T>(one, v);
+      for (int64_t l = 0; l < lanes; ++l) to[(c + l) * stride] = one[l];
+    }
+  }
+}
+// f(S{}) for the element type S of a tensor that is computed in T.
+template <class T, class F>
+FASTSSL_INLINE void with_type(Dtype dtype, F&& f) {
+  if constexpr (sizeof(T) == 8) {
+    f(double{});
+  } else {
+    if (dtype == Dtype::kFloat) f(float{});
+    if (dtype == Dtype::kBFloat16) f(BFloat16Bits{});
+    if (dtype == Dtype::kHalf) f(HalfBits{});
+  }
+}
+
+// One (sequence, head) of a call, and its scratch memory.
+template <class T>
+struct Head {
+  static constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  const Attention& op;
+  int64_t longest, padded;                                      // tokens; width of a row of T
+  T *q = nullptr, *k = nullptr, *v = nullptr, *grad = nullptr;  // (tokens, padded)
+  T *key_strips = nullptr, *value_strips = nullptr;
+  T *logits = nullptr, *slopes = nullptr;  // (keys, queries of a block)
+  T *panel = nullptr, *rows = nullptr;     // C queries, R rows of a result
+  T *grad_k = nullptr, *grad_v = nullptr;  // (tokens, padded)
+  T* total = nullptr;                      // of a block's queries: Σ 2^(logits − maximum)
+  Sequence sequence{};
+  int64_t head = 0;
+
+  Head(const Attention& op, int64_t longest)
+      : op(op), longest(longest), padded(round_up(op.depth, Simd<T>::kWidth)) {}
+
+  template <class Take>
+  void lay_out(bool backward, Take&& take) {
+    const int64_t whole = round_up(longest, R);
+    const int64_t matrix = whole * row_distance(longest <= kShortBlock ? kShortBlock : kLongBlock);
+    for (T** rows : {&q, &k, &v}) take(*rows, longest * padded);
+    take(key_strips, strips_size<T>(longest, op.depth));
+    take(logits, matrix);
+    take(panel, op.depth * C);
+    take(rows, R * padded);
+    take(total, kLongBlock + C);
+    if (!backward) return;
+    take(grad, longest * padded);
+    take(value_strips, strips_size<T>(longest, op.depth));
+    take(slopes, matrix);
+    for (T** rows : {&grad_k, &grad_v}) take(*rows, whole * padded);
+  }
+  size_t bytes(bool backward) {
+    size_t sum = 0;
+    lay_out(backward, [&](T*&, int64_t count) { sum += Scratch::bytes_of<T>(count); });
+    return sum;
+  }
+  void place(bool backward, Scratch& scratch) {
+    lay_out(backward, [&](T*& pointer, int64_t count) { pointer = scratch.take<T>(count); });
+  }
+
+  int64_t token(int64_t i) const {
+    return op.index.empty() ? sequence.begin + i : op.index[sequence.begin + i];
+  }
+  void gather(const Strided& from, T factor, T* to) const {
+    with_type<T>(from.dtype, [&](auto type) {
+      using S = decltype(type);
+      for (int64_t i = 0; i < sequence.count; ++i)
+        copy_row<T>(static_cast<const S*>(element(from, sequence.image, head, token(i))), from.column_stride,
+                    op.depth, factor, to + i * padded, padded);
+    });
+  }
+  void scatter(const T* from, int64_t first, int64_t count, T factor, const Strided& to) const {
+    with_type<T>(to.dtype, [&](auto type) {
+      using S = decltype(type);
+      for (int64_t i = 0; i < count; ++i)
+        write_row<T>(from + i * padded, op.depth, factor,
+                     static_cast<S*>(element(to, sequence.image, head, token(first + i))), to.column_stride);
+    });
+  }
+  void pack_strips(const T* tokens, T* strips) const {
+    pack<T, R>(strips, tokens, sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, padded, 1, sequence.count,
+               op.depth);
+  }
+
+  // matrix[key][query] = token of strips · token of `others`, for queries [i, i + C).
+  template <int64_t LD>
+  void products(const T* strips, const T* others, int64_t i, T* matrix) const {
+    const int64_t n = sequence.count, count = std::min<int64_t>(C, n - i);
+    pack<T, C>(panel, others + i * padded, sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, padded, 1, count,
+               op.depth);
+    for (int64_t j = 0; j < n; j += R) {
+      const T* strip = strip_at<T>(strips, j, op.depth);
+      count <= W ? tile<T, 1>(op.depth, strip, panel, C, matrix + j * LD, LD)
+                 : tile<T, 2>(op.depth, strip, panel, C, matrix + j * LD, LD);
+    }
+  }
+  // Logits of one vector of queries become 2^(logits − maximum); returns the maximum, leaves the sum.
+  template <int64_t LD>
+  FASTSSL_INLINE Vec<T> exponentials(T* column, Vec<T>& sum) const {
+    const int64_t n = sequence.count;
+    Vec<T> peak = load<T>(column);
+    for (int64_t j = 1; j < n; ++j) peak = max<T>(peak, load<T>(column + j * LD));
+    Vec<T> sums[2] = {};
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec<T> p = exp2(load<T>(column + j * LD) - peak);
+      store<T>(column + j * LD, p);
+      sums[j & 1] += p;
+    }
+    sum = sums[0] + sums[1];
+    return peak;
+  }
+
+  // `rows` of the first R queries: Σ_key matrix[key][query] tokens[key].
+  template <int64_t LD>
+  void over_keys(const T* matrix, const T* tokens) const {
+    for (int64_t c = 0; c < padded; c += C)
+      padded - c > W
+          ? strided_tile<T, 2, 1, LD, false>(sequence.count, matrix, tokens + c, padded, rows + c, padded)
+          : strided_tile<T, 1, 1, LD, false>(sequence.count, matrix, tokens + c, padded, rows + c, padded);
+  }
+  // to[key] += Σ_query matrix[key][query] tokens[query] over `queries` queries.
+  template <int64_t LD>
+  void over_queries(const T* matrix, const T* tokens, int64_t queries, T* to) const {
+    for (int64_t j = 0; j < sequence.count; j += R) {
+      for (int64_t c = 0; c < padded; c += C) {
+        const T* left = matrix + j * LD;
+        T* result = to + j * padded + c;
+        padded - c > W ? strided_tile<T, 2, LD, 1, true>(queries, left, tokens + c, padded, result, padded)
+                       : strided_tile<T, 1, LD, 1, true>(queries, left, tokens + c, padded, result, padded);
+      }
+    }
+  }
+
+  template <int64_t BLOCK>
+  void forward() {
+    constexpr int64_t LD = row_distance(BLOCK);
+    constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+    const int64_t n = sequence.count;
+    gather(op.q, static_cast<T>(op.scale * kLog2E), q);
+    gather(op.k, T{1}, k);
+    gather(op.v, T{1}, v);
+    pack_strips(k, key_strips);
+    for (int64_t first = 0; first < n; first += BLOCK) {
+      const int64_t queries = std::min(BLOCK, n - first);
+      for (int64_t i = 0; i < queries; i += C) {
+        products<LD>(key_strips, q, first + i, logits + i);
+        for (int64_t l = i; l < i + C && l < queries; l += W) {
+          Vec<T> sum;
+          const Vec<T> peak = exponentials<LD>(logits + l, sum);
+          store<T>(total + l, sum);
+          const int64_t lanes = std::min<int64_t>(W, queries - l);
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            T* lse = static_cast<T*>(element(op.lse, sequence.image, head, token(first + l + lane)));
+            *lse = static_cast<T>((double{peak[lane]} + std::log2(double{sum[lane]})) * kLn2);
+          }
+        }
+      }
+      for (int64_t i = 0; i < queries; i += R) {
+        over_keys<LD>(logits + i, v);
+        const int64_t count = std::min<int64_t>(R, queries - i);
+        for (int64_t r = 0; r < count; ++r)
+          scatter(rows + r * padded, first + i + r, 1, T{1} / total[i + r], op.out);
+      }
+    }
+  }
+
+  template <int64_t BLOCK>
+  void backward() {
+    constexpr int64_t LD = row_distance(BLOCK);
+    constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+    const int64_t n = sequence.count, whole = round_up(n, R);
+    gather(op.q, static_cast<T>(op.scale * kLog2E), q);
+    gather(op.k, T{1}, k);
+    gather(op.v, T{1}, v);
+    gather(op.grad, T{1}, grad);
+    pack_strips(k, key_strips);
+    pack_strips(v, value_strips);
+    std::fill_n(grad_k, whole * padded, T{0});
+    std::fill_n(grad_v, whole * padded, T{0});
+    for (int64_t first = 0; first < n; first += BLOCK) {
+      const int64_t queries = std::min(BLOCK, n - first);
+      for (int64_t i = 0; i < queries; i += C) {
+        products<LD>(key_strips, q, first + i, logits + i);
+        products<LD>(value_strips, grad, first + i, slopes + i);
+        for (int64_t l = i; l < i + C && l < queries; l += W) {
+          Vec<T> sum;
+          exponentials<LD>(logits + l, sum);
+          const Vec<T> inverse = T{1} / sum;
+          Vec<T> delta{};
+          for (int64_t j = 0; j < n; ++j)
+            delta += load<T>(logits + j * LD + l) * load<T>(slopes + j * LD + l);
+          delta *= inverse;
+          for (int64_t j = 0; j < n; ++j) {
+            T *p = logits + j * LD + l, *d = slopes + j * LD + l;
+            const Vec<T> probability = load<T>(p) * inverse;
+            store<T>(p, probability);
+            store<T>(d, probability * (load<T>(d) - delta));
+          }
+        }
+      }
+      over_queries<LD>(logits, grad + first * padded, queries, grad_v);
+      over_queries<LD>(slopes, q + first * padded, queries, grad_k);
+      for (int64_t i = 0; i < queries; i += R) {
+        over_keys<LD>(slopes + i, k);
+        scatter(rows, first + i, std::min<int64_t>(R, queries - i), static_cast<T>(op.scale), op.grad_q);
+      }
+    }
+    scatter(grad_k, 0, n, static_cast<T>(kLn2), op.grad_k);
+    scatter(grad_v, 0, n, T{1}, op.grad_v);
+  }
+};
+
+// The given items: sequence · heads + head.
+template <class T>
+void attention_items(const Attention& op, bool backward, const int64_t* items, int64_t count) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; ++i) longest = std::max(longest, op.sequences[items[i] / op.heads].count);
+  Head<T> head(op, longest);
+  Scratch scratch(head.bytes(backward));
+  head.place(backward, scratch);
+  for (int64_t i = 0; i < count; ++i) {
+    head.sequence = op.sequences[items[i] / op.heads];
+    head.head = items[i] % op.heads;
+    if (head.sequence.count <= kShortBlock) {
+      backward ? head.template backward<kShortBlock>() : head.template forward<kShortBlock>();
+    } else {
+      backward ? head.template backward<kLongBlock>() : head.template forward<kLongBlock>();
+    }
+  }
+}
+
+}  // namespace fastssl::cpu::FASTSSL_ISA

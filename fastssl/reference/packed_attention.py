@@ -1,0 +1,22 @@
+"""packed_attention in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastssl.reference.masked_attention import masked_attention
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v within each sequence of a concatenation.
+
+    Arguments as in `fastssl.packed_attention`. Computes in float32, or float64 if an input is float64. Waits for the
+    device, to learn the lengths.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        heads = [x.transpose(0, 1)[None] for x in part]
+        outputs.append(masked_attention(heads[0], heads[1], heads[2], None, scale=scale)[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
