@@ -133,27 +133,27 @@ FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t ro
 // alike terms would round the same way every time, and its error would grow with the depth.
 constexpr int64_t kChunk = 64;
 
-template <class T, int NV, int64_t ROW, int64_t DEPTH, bool ADD>
+template <class T, int ROWS, int NV, int64_t ROW, int64_t DEPTH, bool ADD>
 FASTSSL_INLINE void strided_tile(int64_t depth, const T* a, const T* b, int64_t b_stride, T* c,
                                  int64_t c_stride) {
   constexpr int W = Simd<T>::kWidth;
   int64_t k = 0;
   do {
     const bool fresh = !ADD && k == 0;
-    Vec<T> sum[kTileRows][NV] = {};
+    Vec<T> sum[ROWS][NV] = {};
     for (const int64_t end = std::min(depth, k + kChunk); k < end; ++k) {
       Vec<T> column[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) column[v] = load<T>(b + k * b_stride + v * W);
 #pragma GCC unroll 16
-      for (int i = 0; i < kTileRows; ++i) {
+      for (int i = 0; i < ROWS; ++i) {
         const Vec<T> row = broadcast<T>(a[k * DEPTH + i * ROW]);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[i][v] += row * column[v];
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         T* to = c + i * c_stride + v * W;
@@ -162,10 +162,26 @@ FASTSSL_INLINE void strided_tile(int64_t depth, const T* a, const T* b, int64_t 
     }
   } while (k < depth);
 }
-// The same of a packed strip.
+// The same of a whole packed strip.
 template <class T, int NV>
 FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
-  strided_tile<T, NV, 1, kStripStride<T>, false>(depth, a, b, b_lanes, c, c_stride);
+  strided_tile<T, kTileRows, NV, 1, kStripStride<T>, false>(depth, a, b, b_lanes, c, c_stride);
+}
+
+// A tile of kTileRows rows or, where a matrix ends, of little more than the `rows` that are left of it.
+template <class T, int64_t ROW, int64_t DEPTH, bool ADD>
+__attribute__((noinline)) void last_tile(int64_t rows, int64_t vectors, int64_t depth, const T* a, const T* b,
+                                         int64_t b_stride, T* c, int64_t c_stride) {
+  constexpr int R = kTileRows, HALF = (R + 1) / 2, QUARTER = (R + 3) / 4;
+  const auto run = [&](auto count, auto wide) {
+    strided_tile<T, count, wide, ROW, DEPTH, ADD>(depth, a, b, b_stride, c, c_stride);
+  };
+  const auto run_wide = [&](auto count) {
+    vectors > 1 ? run(count, std::integral_constant<int, 2>()) : run(count, std::integral_constant<int, 1>());
+  };
+  rows > HALF      ? run_wide(std::integral_constant<int, R>())
+  : rows > QUARTER ? run_wide(std::integral_constant<int, HALF>())
+                   : run_wide(std::integral_constant<int, QUARTER>());
 }
 
 // One strip of a product: kTileRows rows against columns [from, to) of the packed panels `b`; `from` is a

@@ -46,21 +46,29 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                       keep.scalar_type() == ScalarType::Bool,
                   "masked_attention: keep must be (B, N) bool or empty");
   op.index.reserve(batch * length + 1);
+  op.dropped.reserve(batch * length);
   for (int64_t b = 0; b < batch; ++b) {
     const bool* row = static_cast<const bool*>(keep.data_ptr()) + b * keep.stride(0);
     const int64_t begin = static_cast<int64_t>(op.index.size());
-    for (int64_t n = 0; n < length; ++n)
-      if (row[n * keep.stride(1)]) op.index.push_back(n);
+    for (int64_t n = 0; n < length; ++n) {
+      const bool kept = row[n * keep.stride(1)];
+      kept ? op.index.push_back(n) : op.dropped.push_back(b * length + n);
+    }
     op.sequences.push_back({b, begin, static_cast<int64_t>(op.index.size()) - begin});
   }
   // An index without elements would mean that tokens follow each other.
   if (op.index.empty()) op.index.push_back(0);
   return op;
 }
-bool keeps_all(const Attention& op, const Tensor& q) {
-  int64_t kept = 0;
-  for (const Sequence& s : op.sequences) kept += s.count;
-  return kept == q.size(0) * q.size(2);
+// Zeros for what is dropped; `rows` is contiguous and has one row per token.
+void clear_dropped(const Attention& op, const Tensor& rows, int64_t row_elements) {
+  const int64_t bytes = row_elements * element_size(dtype_of(rows));
+  char* data = static_cast<char*>(rows.data_ptr());
+  torch::stable::parallel_for(0, static_cast<int64_t>(op.dropped.size()), 64,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i)
+                                  std::memset(data + op.dropped[i] * bytes, 0, bytes);
+                              });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keep,
@@ -71,10 +79,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor lse =
       torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)},
                                op.q.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float);
-  if (!keeps_all(op, q)) {
-    torch::stable::zero_(memory);
-    torch::stable::zero_(lse);
-  }
+  clear_dropped(op, memory, op.heads * op.depth);
+  if (!op.dropped.empty()) torch::stable::zero_(lse);
   op.out = rows_of(out);
   op.lse = {lse.data_ptr(), dtype_of(lse), lse.stride(0), lse.stride(1), lse.stride(2), 0};
   attention_forward(op);
@@ -89,7 +95,7 @@ Tensor backward(const Tensor& grad, const Tensor& out, const Tensor& lse, const 
                       grad.scalar_type() == q.scalar_type(),
                   "masked_attention: grad must have q's shape and dtype");
   Tensor result = torch::stable::new_empty(q, {q.size(0), q.size(2), 3, q.size(1), q.size(3)});
-  if (!keeps_all(op, q)) torch::stable::zero_(result);
+  clear_dropped(op, result, 3 * op.heads * op.depth);
   op.grad = rows_of(grad);
   Strided* gradients[3] = {&op.grad_q, &op.grad_k, &op.grad_v};
   for (int64_t i = 0; i < 3; ++i) {

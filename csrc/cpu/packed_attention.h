@@ -14,6 +14,11 @@ namespace fastssl::cpu::FASTSSL_ISA {
 // sequences a smaller one, that the first-level cache may hold.
 constexpr int64_t kLongBlock = 256, kShortBlock = 64;
 constexpr int64_t row_distance(int64_t block) { return block + 16; }
+// float64 exists for exactness: it has one block.
+template <class T>
+constexpr int64_t block_for(int64_t count) {
+  return sizeof(T) == 8 || count > kShortBlock ? kLongBlock : kShortBlock;
+}
 
 template <class T, class S>
 void copy_row(const S* from, int64_t stride, int64_t depth, T factor, T* to, int64_t padded) {
@@ -74,7 +79,7 @@ struct Head {
   template <class Take>
   void lay_out(bool backward, Take&& take) {
     const int64_t whole = round_up(longest, R);
-    const int64_t matrix = whole * row_distance(longest <= kShortBlock ? kShortBlock : kLongBlock);
+    const int64_t matrix = whole * row_distance(block_for<T>(longest));
     for (T** rows : {&q, &k, &v}) take(*rows, longest * padded);
     take(key_strips, strips_size<T>(longest, op.depth));
     take(logits, matrix);
@@ -126,11 +131,10 @@ struct Head {
     const int64_t n = sequence.count, count = std::min<int64_t>(C, n - i);
     pack<T, C>(panel, others + i * padded, sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, padded, 1, count,
                op.depth);
-    for (int64_t j = 0; j < n; j += R) {
-      const T* strip = strip_at<T>(strips, j, op.depth);
-      count <= W ? tile<T, 1>(op.depth, strip, panel, C, matrix + j * LD, LD)
-                 : tile<T, 2>(op.depth, strip, panel, C, matrix + j * LD, LD);
-    }
+    const int64_t vectors = ceil_div(count, W);
+    for (int64_t j = 0; j < n; j += R)
+      last_tile<T, 1, kStripStride<T>, false>(n - j, vectors, op.depth, strip_at<T>(strips, j, op.depth),
+                                              panel, C, matrix + j * LD, LD);
   }
   // Logits of one vector of queries become 2^(logits − maximum); returns the maximum, leaves the sum.
   template <int64_t LD>
@@ -148,25 +152,20 @@ struct Head {
     return peak;
   }
 
-  // `rows` of the first R queries: Σ_key matrix[key][query] tokens[key].
+  // `rows` of the first `queries` queries, at most R: Σ_key matrix[key][query] tokens[key].
   template <int64_t LD>
-  void over_keys(const T* matrix, const T* tokens) const {
+  void over_keys(const T* matrix, const T* tokens, int64_t queries) const {
     for (int64_t c = 0; c < padded; c += C)
-      padded - c > W
-          ? strided_tile<T, 2, 1, LD, false>(sequence.count, matrix, tokens + c, padded, rows + c, padded)
-          : strided_tile<T, 1, 1, LD, false>(sequence.count, matrix, tokens + c, padded, rows + c, padded);
+      last_tile<T, 1, LD, false>(queries, (padded - c) / W, sequence.count, matrix, tokens + c, padded,
+                                 rows + c, padded);
   }
   // to[key] += Σ_query matrix[key][query] tokens[query] over `queries` queries.
   template <int64_t LD>
   void over_queries(const T* matrix, const T* tokens, int64_t queries, T* to) const {
-    for (int64_t j = 0; j < sequence.count; j += R) {
-      for (int64_t c = 0; c < padded; c += C) {
-        const T* left = matrix + j * LD;
-        T* result = to + j * padded + c;
-        padded - c > W ? strided_tile<T, 2, LD, 1, true>(queries, left, tokens + c, padded, result, padded)
-                       : strided_tile<T, 1, LD, 1, true>(queries, left, tokens + c, padded, result, padded);
-      }
-    }
+    for (int64_t j = 0; j < sequence.count; j += R)
+      for (int64_t c = 0; c < padded; c += C)
+        last_tile<T, LD, 1, true>(sequence.count - j, (padded - c) / W, queries, matrix + j * LD, tokens + c,
+                                  padded, to + j * padded + c, padded);
   }
 
   template <int64_t BLOCK>
@@ -194,8 +193,8 @@ struct Head {
         }
       }
       for (int64_t i = 0; i < queries; i += R) {
-        over_keys<LD>(logits + i, v);
         const int64_t count = std::min<int64_t>(R, queries - i);
+        over_keys<LD>(logits + i, v, count);
         for (int64_t r = 0; r < count; ++r)
           scatter(rows + r * padded, first + i + r, 1, T{1} / total[i + r], op.out);
       }
@@ -239,8 +238,9 @@ struct Head {
       over_queries<LD>(logits, grad + first * padded, queries, grad_v);
       over_queries<LD>(slopes, q + first * padded, queries, grad_k);
       for (int64_t i = 0; i < queries; i += R) {
-        over_keys<LD>(slopes + i, k);
-        scatter(rows, first + i, std::min<int64_t>(R, queries - i), static_cast<T>(op.scale), op.grad_q);
+        const int64_t count = std::min<int64_t>(R, queries - i);
+        over_keys<LD>(slopes + i, k, count);
+        scatter(rows, first + i, count, static_cast<T>(op.scale), op.grad_q);
       }
     }
     scatter(grad_k, 0, n, static_cast<T>(kLn2), op.grad_k);
@@ -259,11 +259,14 @@ void attention_items(const Attention& op, bool backward, const int64_t* items, i
   for (int64_t i = 0; i < count; ++i) {
     head.sequence = op.sequences[items[i] / op.heads];
     head.head = items[i] % op.heads;
-    if (head.sequence.count <= kShortBlock) {
-      backward ? head.template backward<kShortBlock>() : head.template forward<kShortBlock>();
-    } else {
-      backward ? head.template backward<kLongBlock>() : head.template forward<kLongBlock>();
+    const int64_t block = block_for<T>(head.sequence.count);
+    if constexpr (sizeof(T) == 4) {
+      if (block == kShortBlock) {
+        backward ? head.template backward<kShortBlock>() : head.template forward<kShortBlock>();
+        continue;
+      }
     }
+    backward ? head.template backward<kLongBlock>() : head.template forward<kLongBlock>();
   }
 }
 

@@ -20,6 +20,7 @@ struct Attention {
   double scale = 0;
   std::vector<Sequence> sequences;
   std::vector<int64_t> index;            // empty: tokens follow each other
+  std::vector<int64_t> dropped;          // tokens in no sequence: image · tokens + token
   Strided out, lse;                      // forward
   Strided grad, grad_q, grad_k, grad_v;  // backward
 };
