@@ -429,8 +429,8 @@ def mutant(tmp_path, file: str, old: str, new: str) -> ctypes.CDLL:
         pytest.param(
             "simpool_backward.cuh", "tile, x + first", "tile, x + at.first", "relative", id="first tile again"
         ),
-        pytest.param("simpool_gradients.cuh", "n >= count", "n > count", "out of bounds", id="past the tile"),
-        pytest.param("small_products.cuh", "    __syncthreads();\n  }", "  }", "relative", id="slab overwritten"),
+        pytest.param("simpool_gradients.cuh", "shift + width", "shift + 2 * width", "of dynamic shared", id="shared"),
+        pytest.param("small_products.cuh", "__syncthreads();\n    if", "if", "relative", id="product without barrier"),
     ],
 )
 def test_broken_kernels_are_found(tmp_path, file, old, new, symptom):
@@ -456,5 +456,8 @@ def test_compiles_without_spills(arch):
     cuda_sources.check_no_spills(kernels)
     assert len({k.name for k in kernels}) == KERNELS
     assert {k.arch for k in kernels} == {arch}
-    # Three blocks of 256 threads share the 65536 registers of a multiprocessor, eight at a time.
-    assert max(k.registers for k in kernels if "multiply" not in k.name) <= 65536 // (3 * 256) // 8 * 8
+    # Three blocks of 256 threads share the 65536 registers of a multiprocessor, eight at a time; two of them where
+    # x is float32 and there is a power.
+    few = ("multiply", "input_gradientsIfLb1")
+    assert max(k.registers for k in kernels if not any(f in k.name for f in few)) <= 65536 // (3 * 256) // 8 * 8
+    assert max(k.registers for k in kernels if few[1] in k.name) <= 65536 // (2 * 256)

@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 3) pool(Forward p) {
         bias[e] = Power ? p.norm_bias.at(channel) : 0.f;
         shift[e] = Power ? p.minimum[p.channel_minimum ? at.image * channels + channel : 0] : 0.f;
       }
-#pragma unroll 4
+#pragma unroll 2
       for (int n = 0; n < count; ++n) {
         const Word<X> word = *reinterpret_cast<const Word<X>*>(tile + n * pitch + c);
 #pragma unroll

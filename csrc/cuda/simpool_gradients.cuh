@@ -11,12 +11,14 @@
 
 namespace fastssl::cuda::simpool {
 
-constexpr int kTokensHeld = 8;  // tokens of a channel that a thread works on at a time
+constexpr int kTokensHeld = 4;  // tokens of a channel that a thread works on at a time
 
 // grid (B · chunks), block kThreads, dynamic shared memory input_gradients_bytes. The tile becomes the
 // gradient, in place: each element is read and written by one thread.
+//
+// In float32 with a power a thread has a few numbers more than three blocks' share of registers holds.
 template <class X, bool Power>
-__global__ void __launch_bounds__(kThreads, 3) input_gradients(Backward p) {
+__global__ void __launch_bounds__(kThreads, Power && sizeof(X) == 4 ? 2 : 3) input_gradients(Backward p) {
   FASTSSL_DYNAMIC_SHARED(float4, shared);
   constexpr int kWord = 4 / sizeof(X);
   const Shape& s = p.shape;
@@ -95,6 +97,7 @@ __global__ void __launch_bounds__(kThreads, 3) input_gradients(Backward p) {
       }
       __syncthreads();
     }
+#pragma unroll 1
     for (int c = kWord * thread; c < channels; c += kWord * kThreads) {
       float factor[kWord], of_mean[kWord];
       int channel[kWord], head[kWord];

@@ -84,19 +84,19 @@ __device__ __forceinline__ void for_units(int outer, int inner, const F& f) {
   }
 }
 
-// put(i, k, load(i, k)) for the same, `Batch` loads in flight at a time.
-template <int Batch, class Load, class Put>
-__device__ __forceinline__ void copy_units(int outer, int inner, const Load& load, const Put& put) {
+// put(to(i, k), load(i, k)) for the same, `Batch` loads in flight at a time. `to` gives a place in the tile.
+template <int Batch, class Load, class To, class Put>
+__device__ __forceinline__ void copy_units(int outer, int inner, const Load& load, const To& to,
+                                           const Put& put) {
   const int outer_step = kThreads / inner, inner_step = kThreads % inner;
   int i = threadIdx.x / inner, k = threadIdx.x % inner;
   while (i < outer) {
     decltype(load(0, 0)) held[Batch];
-    int at_i[Batch], at_k[Batch];
+    int at[Batch];
 #pragma unroll
     for (int u = 0; u < Batch; ++u) {
       const bool inside = i < outer;  // no branch, so that loads overlap
-      at_i[u] = inside ? i : -1;
-      at_k[u] = k;
+      at[u] = inside ? to(i, k) : -1;
       held[u] = load(inside ? i : 0, inside ? k : 0);
       i += outer_step;
       k += inner_step;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void copy_units(int outer, int inner, const Load& loa
     }
 #pragma unroll
     for (int u = 0; u < Batch; ++u) {
-      if (at_i[u] >= 0) put(at_i[u], at_k[u], held[u]);
+      if (at[u] >= 0) put(at[u], held[u]);
     }
   }
 }
@@ -145,31 +145,32 @@ __device__ __forceinline__ void load_tile(X* tile,     // (count, pitch)
     copy_units<4>(
         count, channels / vector,
         [&](int n, int v) { return *reinterpret_cast<const Vector<X>*>(x + n * strides.token + v * vector); },
-        [&](int n, int v, const Vector<X>& held) {
-          *reinterpret_cast<Vector<X>*>(tile + n * pitch + v * vector) = held;
-        });
+        [&](int n, int v) { return n * pitch + v * vector; },
+        [&](int at, const Vector<X>& held) { *reinterpret_cast<Vector<X>*>(tile + at) = held; });
     return;
   }
   const auto one = [&](int n, int c) { return x[n * strides.token + c * strides.channel]; };
-  const auto put = [&](int n, int c, X held) { tile[n * pitch + c] = held; };
+  const auto put = [&](int at, X held) { tile[at] = held; };
   if (quads_of_tokens(x, strides, count)) {
     copy_units<4>(
         channels, count / 4,
         [&](int c, int q) { return *reinterpret_cast<const Quad<X>*>(x + c * strides.channel + 4 * q); },
-        [&](int c, int q, const Quad<X>& held) {
+        [&](int c, int q) { return 4 * q * pitch + c; },
+        [&](int at, const Quad<X>& held) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) put(4 * q + e, c, held.at[e]);
+          for (int e = 0; e < 4; ++e) tile[at + e * pitch] = held.at[e];
         });
   } else if (strides.token < strides.channel) {
-    copy_units<8>(
-        channels, count, [&](int c, int n) { return one(n, c); },
-        [&](int c, int n, X held) { put(n, c, held); });
+    copy_units<sizeof(X) == 4 ? 4 : 8>(
+        channels, count, [&](int c, int n) { return one(n, c); }, [&](int c, int n) { return n * pitch + c; },
+        put);
   } else {
-    copy_units<8>(count, channels, one, put);
+    copy_units<sizeof(X) == 4 ? 4 : 8>(
+        count, channels, one, [&](int n, int c) { return n * pitch + c; }, put);
   }
   if (channels % 4 != 0) {
     for_units(count, padded(channels) - channels,
-              [&](int n, int c) { put(n, channels + c, from_float<X>(0.f)); });
+              [&](int n, int c) { tile[n * pitch + channels + c] = from_float<X>(0.f); });
   }
 }
 
