@@ -1,5 +1,5 @@
-// What device code calls, on the CPU: barriers, shuffles and votes, and the half-precision types. Included by
-// cuda_on_cpu.h, whose scheduler lets the threads wait for each other.
+// What device code calls, on the CPU: barriers, shuffles and votes, fences and counters, and the
+// half-precision types. Included by cuda_on_cpu.h, whose scheduler lets the threads wait for each other.
 #pragma once
 
 // Where an operation stands in the source: default arguments take the caller's line.
@@ -39,6 +39,20 @@ inline bool __any_sync(unsigned mask, bool yes, FASTSSL_HERE) {
 inline bool __all_sync(unsigned mask, bool yes, FASTSSL_HERE) {
   return cuda_on_cpu::vote(mask, !yes, file, line) == 0;
 }
+
+// Blocks run one after the other, so what one wrote the next one sees.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned v) {
+  const unsigned before = *address;
+  *address += v;
+  return before;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 
 struct __nv_bfloat16 {
   uint16_t bits;

@@ -53,6 +53,25 @@ __device__ __forceinline__ float4 to_float4(const Quad<T>& quad) {
   return make_float4(to_float(quad.at[0]), to_float(quad.at[1]), to_float(quad.at[2]), to_float(quad.at[3]));
 }
 
+// How a tensor is stored, where that is a run-time choice: it matters only while elements are loaded or
+// stored, and kernels of one type build faster than those of every combination.
+enum class Storage : int { float32, bfloat16, float16 };
+
+__device__ __forceinline__ float load_float(const void* data, Storage storage, int64_t i) {
+  if (storage == Storage::float32) return static_cast<const float*>(data)[i];
+  if (storage == Storage::bfloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return to_float(static_cast<const __half*>(data)[i]);
+}
+__device__ __forceinline__ void store_float(void* data, Storage storage, int64_t i, float v) {
+  if (storage == Storage::float32) {
+    static_cast<float*>(data)[i] = v;
+  } else if (storage == Storage::bfloat16) {
+    static_cast<__nv_bfloat16*>(data)[i] = from_float<__nv_bfloat16>(v);
+  } else {
+    static_cast<__half*>(data)[i] = from_float<__half>(v);
+  }
+}
+
 // Largest value and sum over the warp, the same bits in every lane (a butterfly adds the same pairs
 // everywhere).
 __device__ __forceinline__ float warp_max(float v) {

@@ -32,9 +32,7 @@ struct Strides {
   int64_t image, head, vector, depth;
 };
 
-// How the columns are stored: a run-time choice, since it matters only while they are loaded, and three
-// kernels build faster than nine.
-enum class Storage : int { float32, bfloat16, float16 };
+using cuda::Storage;  // how the columns are stored, a run-time choice
 
 struct Problem {
   int rows;            // R

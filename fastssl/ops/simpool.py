@@ -382,10 +382,18 @@ _library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, _fake_for
 _library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
 
 
+#: What surely fits into the shared memory of a block (kMaxChannels, kMaxHeads in csrc/cuda/simpool_tiles.cuh).
+CUDA_LARGEST = {"channels": 4096, "heads": 128}
+
+
 def _cpp_limits(call: Call) -> list[str]:
     if call.device != "cuda":
         return []
-    return [f"its CUDA kernels take no float64 {name}" for name, dtype in call.dtypes if dtype == torch.float64]
+    reasons = [f"its CUDA kernels take no float64 {name}" for name, dtype in call.dtypes if dtype == torch.float64]
+    for size, largest in CUDA_LARGEST.items():
+        if call.sizes[size] > largest:
+            reasons.append(f"its CUDA kernels take at most {largest} {size}, got {call.sizes[size]}")
+    return reasons
 
 
 register(
