@@ -27,7 +27,9 @@ def make(*shape, dtype=torch.float32, grad=True):
 @needs_library
 @REMOVE
 @PER_IMAGE
-@pytest.mark.parametrize("shape", [(1, 97, 66), (9, 50, 66), (2, 420, 66)], ids=["few", "one-pass", "long"])
+@pytest.mark.parametrize(
+    "shape", [(1, 97, 66), (9, 50, 66), (2, 420, 66), (7, 410, 34)], ids=["few", "one-pass", "long", "many-long"]
+)
 def test_same_bits_for_any_number_of_threads(cpu_path, remove, per_image, shape):
     student, teacher = make(*shape), torch.randn(shape)
     results = []

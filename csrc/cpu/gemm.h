@@ -130,15 +130,15 @@ FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t ro
 
 // c[i][j] = Σ_k a[k][i] b[k][j] for kTileRows rows and NV vectors of columns. `b_lanes` is the width of b's
 // panel. Sums run over kChunk products at a time: one long chain of alike terms would round the same way
-// every time, and its error would grow with the depth.
+// every time, and its error would grow with the depth. ADD: c += that.
 constexpr int64_t kChunk = 64;
 
-template <class T, int NV>
+template <class T, int NV, bool ADD = false>
 FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
   constexpr int W = Simd<T>::kWidth;
   int64_t k = 0;
   do {
-    const bool first = k == 0;
+    const bool first = !ADD && k == 0;
     Vec<T> sum[kTileRows][NV] = {};
     for (const int64_t end = std::min(depth, k + kChunk); k < end; ++k) {
       Vec<T> column[NV];
@@ -164,7 +164,8 @@ FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes,
 
 // One strip of a product: kTileRows rows against columns [from, to) of the packed panels `b`; `from` is a
 // multiple of the vector width. c is the strip's first row at column 0; columns are written in whole vectors.
-template <class T>
+// ADD: added to what is there.
+template <class T, bool ADD = false>
 void strip_product(int64_t depth, const T* a_panel, const T* b, int64_t from, int64_t to, T* c,
                    int64_t c_stride) {
   constexpr int W = Simd<T>::kWidth, N = kTileColumns<T>;
@@ -172,10 +173,10 @@ void strip_product(int64_t depth, const T* a_panel, const T* b, int64_t from, in
     const int64_t lane = j % N;
     const T* panel = b + (j - lane) * depth + lane;
     if (lane == 0 && to - j > W) {
-      tile<T, 2>(depth, a_panel, panel, N, c + j, c_stride);
+      tile<T, 2, ADD>(depth, a_panel, panel, N, c + j, c_stride);
       j += N;
     } else {
-      tile<T, 1>(depth, a_panel, panel, N, c + j, c_stride);
+      tile<T, 1, ADD>(depth, a_panel, panel, N, c + j, c_stride);
       j += W;
     }
   }
