@@ -1,8 +1,5 @@
 """The contract around gram_loss: autograd, compilation, threads, memory and bad input."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from compare import assert_close, gradients
@@ -281,49 +278,6 @@ def test_tensors_are_the_loss_and_the_gradient(batch):
 
     for length in (100, 400):
         assert extra(length) <= batch * length * 32 * 4 + 1024
-
-
-PEAK = """
-import sys, torch, fastssl
-torch.set_num_threads(1)
-length, per_image, train = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-shape = (2, length, 64) if per_image else (8, length // 4, 64)
-student, teacher = torch.randn(shape, requires_grad=train != 0), torch.randn(shape)
-
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-def step(n):
-    loss = fastssl.gram_loss(student[:, :n], teacher[:, :n], per_image=per_image != 0, backend="cpp")
-    if train:
-        loss.backward()
-
-step(16)  # what torch allocates once
-before = peak()
-step(length)
-print(peak() - before)
-"""
-
-
-@needs_library
-@PER_IMAGE
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "backward"])
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_peak_memory_grows_with_the_tokens_and_not_with_their_square(per_image, train):
-    """The whole process's peak, scratch memory included: at N = 4096 one N×N matrix alone would be 64 MB."""
-
-    def kilobytes(length):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(length), str(int(per_image)), str(int(train))],
-            capture_output=True, text=True, check=True, timeout=300,
-        )  # fmt: skip
-        return int(done.stdout)
-
-    small, large = kilobytes(1024), kilobytes(4096)
-    tokens = 2 * 4096 * 64 * 4 / 1024
-    assert large <= 8 * small + 1024  # 4 times the tokens; their square would be 16 times as much
-    assert large <= 8 * tokens
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
-"""The contract around self_relation_loss: autograd, compilation, threads, memory, bad input, and its module."""
+"""The contract around self_relation_loss: autograd, compilation, threads, bad input, and its module."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -305,48 +303,6 @@ def test_the_teacher_is_a_constant():
         assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
         alone = fastssl.self_relation_loss(student.detach(), teacher, backend=backend)
         assert not alone.requires_grad
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-PEAK = """
-import sys, torch, fastssl
-torch.set_num_threads(1)
-kind, length = sys.argv[1], int(sys.argv[2])
-shape = (2, length, 64) if kind == "pixel" else (2, 64, length)  # rows of depth 64 in both
-student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
-
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-def step(n):
-    part = (student[:, :n], teacher[:, :n]) if kind == "pixel" else (student[..., :n], teacher[..., :n])
-    fastssl.self_relation_loss(*part, kind=kind, backend="cpp").backward()
-
-step(64)  # what torch allocates once
-before = peak()
-step(length)
-print(peak() - before)
-"""
-
-
-@needs_library
-@KINDS
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_peak_memory_grows_with_the_tokens_and_not_with_their_square(kind):
-    """The whole process's peak, scratch memory included: at N = 8192 one N×N matrix alone would be 256 MB."""
-
-    def kilobytes(length):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, kind, str(length)], capture_output=True, text=True, check=True, timeout=300
-        )
-        return int(done.stdout)
-
-    small, large = kilobytes(2048), kilobytes(8192)
-    tokens = 2 * 8192 * 64 * 4 / 1024
-    assert large <= 8 * small + 1024  # 4 times the tokens; their square would be 16 times as much
-    assert large <= 8 * tokens
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------
