@@ -172,8 +172,9 @@ void gram_gradient_store(const GramLoss& op, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const GramBand<T> band(op, item / bands, item % bands);
     for (int64_t r = 0; r < band.rows; r += R)
-      write_strip<T>(band.gradient + r * band.width, band.width, std::min(R, band.rows - r), op.student_depth,
-                     op.normalize, vectors, op.student, op.grad_student, band.image, 0, band.begin + r);
+      store_gradient<T>(band.gradient + r * band.width, band.width, std::min(R, band.rows - r),
+                        op.student_depth, op.normalize, vectors, op.student, op.grad_student, band.image, 0,
+                        band.begin + r);
   }
 }
 
