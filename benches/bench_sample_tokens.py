@@ -63,12 +63,12 @@ def _case(kind: str, shape: tuple[int, ...], formula: Callable[..., Tensor], dty
     )
 
 
-def grid_of(batch: int, seed: int = 0) -> Tensor:
-    """Rectangles of half to all of the map, another in every image."""
+def grid_of(batch: int, seed: int = 0, points: int = POINTS) -> Tensor:
+    """Rectangles of half to all of the map, another in every image; `points` down and across."""
     start, stop = torch.rand(2, batch, 2, 1, generator=torch.Generator().manual_seed(seed)).mul(0.5).unbind()
-    ticks = torch.linspace(0, 1, POINTS)
+    ticks = torch.linspace(0, 1, points)
     y, x = ((start - 1) * (1 - ticks) + (1 - stop) * ticks).unbind(1)
-    return torch.stack((x[:, None, :].expand(-1, POINTS, -1), y[:, :, None].expand(-1, -1, POINTS)), -1).contiguous()
+    return torch.stack((x[:, None, :].expand(-1, points, -1), y[:, :, None].expand(-1, -1, points)), -1).contiguous()
 
 
 def _floors(batch: int, dtype: torch.dtype) -> dict[str, Floor]:

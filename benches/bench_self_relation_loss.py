@@ -17,6 +17,7 @@ OP = "self_relation_loss"
 HEADS, LENGTH, DEPTH = 6, 196, 64
 WIDTH = HEADS * DEPTH
 SIDE, POINTS = 14, 13  # the map of one crop, and the grid on the rectangle that two global crops share
+FEW = 6  # down and across, of the coarser grid of other columns
 PIXEL_TEMP, CHANNEL_TEMP = 0.5, 0.1  # of the teacher, as published; the student's is 1
 
 
@@ -42,13 +43,13 @@ def _channel_logits(x: Tensor) -> Tensor:
     return k @ k.transpose(-2, -1)
 
 
-def _sampled(logits: Tensor, grid: Tensor) -> Tensor:
-    """The relation (B, H, N, N) sampled bilinearly on both of its axes."""
+def _sampled(logits: Tensor, rows_on: Tensor, columns_on: Tensor) -> Tensor:
+    """The relation (B, H, N, N) sampled bilinearly on both of its axes, with a grid for each."""
     batch = logits.shape[0]
-    columns = F.grid_sample(logits.reshape(batch, -1, SIDE, SIDE), grid, align_corners=False)
+    columns = F.grid_sample(logits.reshape(batch, -1, SIDE, SIDE), columns_on.to(logits.dtype), align_corners=False)
     columns = columns.view(batch, HEADS, LENGTH, -1).transpose(-2, -1)
-    rows = F.grid_sample(columns.reshape(batch, -1, SIDE, SIDE), grid, align_corners=False)
-    return rows.view(batch, HEADS, POINTS**2, -1).transpose(-2, -1)
+    rows = F.grid_sample(columns.reshape(batch, -1, SIDE, SIDE), rows_on.to(logits.dtype), align_corners=False)
+    return rows.view(batch, HEADS, columns.shape[2], -1).transpose(-2, -1)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -57,7 +58,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if device == "cuda" else (torch.float32,)
     if quick:
         return [_pixel(batch, dtypes[0], device), _channel(batch, dtypes[0], device)]
-    return [make(batch, dtype, device) for dtype in dtypes for make in (_pixel, _aligned, _channel)]
+    return [make(batch, dtype, device) for dtype in dtypes for make in (_pixel, _aligned, _columns, _channel)]
 
 
 def _pixel(batch: int, dtype: torch.dtype, device: str) -> Case:
@@ -81,8 +82,8 @@ def _aligned(batch: int, dtype: torch.dtype, device: str) -> Case:
     student_grid, teacher_grid = (bench_sample_tokens.grid_of(batch, seed).to(device) for seed in (0, 1))
 
     def eager(student: Tensor, teacher: Tensor) -> Tensor:
-        ours = _sampled(_pixel_logits(student), student_grid.to(student.dtype))
-        theirs = _sampled(_pixel_logits(teacher.detach()), teacher_grid.to(teacher.dtype))
+        ours = _sampled(_pixel_logits(student), student_grid, student_grid)
+        theirs = _sampled(_pixel_logits(teacher.detach()), teacher_grid, teacher_grid)
         return _cross_entropy(ours, theirs / PIXEL_TEMP)
 
     def to_call(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, object]]:
@@ -92,6 +93,30 @@ def _aligned(batch: int, dtype: torch.dtype, device: str) -> Case:
     # Rows and columns are sampled on one grid here, so that the relation of the samples is symmetric.
     floors = _floors(batch * HEADS, POINTS**2, DEPTH, batch * LENGTH * WIDTH, dtype)
     shape = f"aligned {POINTS}×{POINTS} B{batch} H{HEADS} N{LENGTH} d{DEPTH}"
+    return _case(shape, eager, to_call, batch, dtype, device, floors)
+
+
+def _columns(batch: int, dtype: torch.dtype, device: str) -> Case:
+    """The same with columns on a coarser grid of their own: M of them, another number than the rows."""
+    sizes = ((0, POINTS), (1, POINTS), (2, FEW), (3, FEW))
+    grids = [bench_sample_tokens.grid_of(batch, seed, points).to(device) for seed, points in sizes]
+    student_grid, teacher_grid, student_columns, teacher_columns = grids
+
+    def eager(student: Tensor, teacher: Tensor) -> Tensor:
+        ours = _sampled(_pixel_logits(student), student_grid, student_columns)
+        theirs = _sampled(_pixel_logits(teacher.detach()), teacher_grid, teacher_columns)
+        return _cross_entropy(ours, theirs / PIXEL_TEMP)
+
+    def to_call(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, object]]:
+        rows = fastssl.sample_tokens(student, student_grid), fastssl.sample_tokens(teacher, teacher_grid)
+        columns = {
+            "student_columns": fastssl.sample_tokens(student, student_columns),
+            "teacher_columns": fastssl.sample_tokens(teacher, teacher_columns),
+        }
+        return rows, {"num_heads": HEADS, "teacher_temp": PIXEL_TEMP, **columns}
+
+    floors = _floors(batch * HEADS, POINTS**2, DEPTH, batch * LENGTH * WIDTH, dtype, columns=FEW**2)
+    shape = f"columns {POINTS}×{POINTS} M{FEW**2} B{batch} H{HEADS} N{LENGTH} d{DEPTH}"
     return _case(shape, eager, to_call, batch, dtype, device, floors)
 
 
@@ -125,15 +150,19 @@ def _case(
     )
 
 
-def _floors(matrices: int, rows: int, depth: int, tokens: int, dtype: torch.dtype) -> dict[str, Floor]:
-    """Of `matrices` pairs of symmetric relations of `rows` vectors of `depth`, made of `tokens` elements each.
+def _floors(
+    matrices: int, rows: int, depth: int, tokens: int, dtype: torch.dtype, *, columns: int | None = None
+) -> dict[str, Floor]:
+    """Of `matrices` pairs of relations of `rows` vectors of `depth`, made of `tokens` elements each.
 
-    Both relations need half of their products and exponentials, and the gradient is one product. Student and teacher
-    are read once, the gradient is written once.
+    Both relations need their products and exponentials, half of them where no columns are given and they are symmetric.
+    The gradient is one product; with columns it is one for these and one for the rows. Student and teacher are read
+    once, the gradient is written once.
     """
-    computed = matrices * rows * (rows + 1) / 2
+    computed = matrices * rows * ((rows + 1) / 2 if columns is None else columns)
+    of_gradient = matrices * rows * (rows if columns is None else 2 * columns)
     forward = Floor(2 * tokens * dtype.itemsize, 0, 2 * 2 * computed * depth, 2 * computed)
-    gradient = Floor(0, tokens * dtype.itemsize, 2 * matrices * rows * rows * depth)
+    gradient = Floor(0, tokens * dtype.itemsize, 2 * of_gradient * depth)
     return {"forward": forward, "forward+backward": forward + gradient}
 
 

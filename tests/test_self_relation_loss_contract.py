@@ -1,37 +1,25 @@
-"""The contract around self_relation_loss: autograd, compilation, threads, memory, bad input, and its module."""
-
-import copy
-import subprocess
-import sys
+"""The contract around self_relation_loss: autograd, compilation, threads, bad input, and its module."""
 
 import pytest
 import torch
-from compare import gradients
+from compare import assert_close, gradients
+from contract import (
+    assert_refused,
+    assert_same_bits_on_any_number_of_threads,
+    leaves,
+    make,
+    needs_library,
+    on_threads,
+    tensors,
+)
+from tolerances import ONE_PASS
 
 import fastssl
 from fastssl import _library
 from fastssl.nn import SelfRelationLoss
 
-needs_library = pytest.mark.skipif(not _library.loaded(), reason=_library.why_not or "")
 KINDS = pytest.mark.parametrize("kind", ["pixel", "channel"])
 COLUMNS = pytest.mark.parametrize("columns", [False, True], ids=["symmetric", "columns"])
-
-
-def make(*shape, dtype=torch.float32, grad=True):
-    return torch.randn(shape).to(dtype).requires_grad_(grad)
-
-
-def arguments(batch, columns, length=9, width=8, dtype=torch.float32):
-    given = {"student": make(batch, length, width, dtype=dtype), "teacher": torch.randn(batch, length, width).to(dtype)}
-    if columns:
-        others = length + 2
-        given["student_columns"] = make(batch, others, width, dtype=dtype)
-        given["teacher_columns"] = torch.randn(batch, others, width).to(dtype)
-    return given
-
-
-def leaves(given):
-    return [given[name] for name in ("student", "student_columns") if name in given]
 
 
 # ---- repeatability, autograd, compilation ----------------------------------------------------------------------
@@ -42,31 +30,24 @@ def leaves(given):
 @COLUMNS
 @pytest.mark.parametrize("shape", [(1, 97, 66), (9, 50, 66), (2, 420, 66)], ids=["few", "one-pass", "long"])
 def test_same_bits_for_any_number_of_threads(cpu_path, kind, columns, shape):
-    given = dict(student=make(*shape), teacher=torch.randn(shape))
-    if columns:
-        given |= dict(student_columns=make(*shape), teacher_columns=torch.randn(shape))
-    results = []
-    for threads in (1, 2, 3, 1):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+    given = tensors(*shape, columns=shape[1] if columns else None)
+
+    def run():
+        results = []
         for reduction in ("mean", "none"):
             loss = fastssl.self_relation_loss(**given, kind=kind, num_heads=2, reduction=reduction, backend="cpp")
             upstream = torch.ones_like(loss) * torch.arange(1, loss.shape[-1] + 1 if loss.dim() else 2).sum(-1)
-            results.append((loss, *gradients(loss, leaves(given), upstream)))
-        torch.set_num_threads(before)
-    for i, other in enumerate(results[2:]):
-        assert all(torch.equal(a, b) for a, b in zip(results[i % 2], other, strict=True))
+            results += [loss, *gradients(loss, leaves(given), upstream)]
+        return results
+
+    assert_same_bits_on_any_number_of_threads(run)
 
 
 @needs_library
 def test_the_mean_of_many_rows_has_the_same_bits_for_any_number_of_threads():
     """torch splits a sum of more than 32768 elements over threads: 75648 rows."""
     student, teacher = torch.randn(64, 197, 12), torch.randn(64, 197, 12)
-    before, losses = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 4):
-        torch.set_num_threads(threads)
-        losses.append(fastssl.self_relation_loss(student, teacher, num_heads=6, backend="cpp"))
-    torch.set_num_threads(before)
+    losses = on_threads(lambda: fastssl.self_relation_loss(student, teacher, num_heads=6, backend="cpp"), (1, 2, 3, 4))
     assert all(torch.equal(losses[0], other) for other in losses[1:])
     rows = fastssl.self_relation_loss(student, teacher, num_heads=6, reduction="none", backend="cpp")
     torch.testing.assert_close(losses[0], rows.double().mean().float())
@@ -79,9 +60,8 @@ def test_the_mean_of_many_rows_has_the_same_bits_for_any_number_of_threads():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("batch", [2, 4], ids=["strips", "one-pass"])
 def test_gradcheck(kind, columns, normalize, reduction, batch):
-    given = arguments(batch, columns and kind == "pixel", 5, 6, torch.float64)
-    if columns and kind == "channel":
-        given |= dict(student_columns=make(batch, 5, 6, dtype=torch.float64), teacher_columns=torch.randn(batch, 5, 6))
+    others = (7 if kind == "pixel" else 5) if columns else None
+    given = tensors(batch, 5, 6, others, dtype=torch.float64)
 
     def run(student, student_columns=None):
         changed = {**given, "student": student}
@@ -113,27 +93,6 @@ def test_opcheck(columns, dtype, batch, channel):
 
 
 @needs_library
-@COLUMNS
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_whole_with_dynamic_batch(columns, reduction):
-    def step(given):
-        doubled = {**given, "student": given["student"] * 2}
-        return fastssl.self_relation_loss(**doubled, num_heads=2, teacher_temp=0.7, reduction=reduction).square()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch in (2, 5, 7):
-        given = arguments(batch, columns)
-        out, expected = compiled(given), step(given)
-        torch.testing.assert_close(out, expected)
-        for a, b in zip(
-            gradients(out, leaves(given), torch.ones_like(out)),
-            gradients(expected, leaves(given), torch.ones_like(out)),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b)
-
-
-@needs_library
 def test_compiled_by_inductor_and_with_a_temperature_schedule():
     def step(student, teacher, temp):
         return fastssl.self_relation_loss(student + 1, teacher, kind="channel", num_heads=2, teacher_temp=temp) * 3
@@ -148,125 +107,16 @@ def test_compiled_by_inductor_and_with_a_temperature_schedule():
 
 
 @needs_library
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("power", [1, 2])
-def test_second_derivatives_are_refused(reduction, power):
-    """Also where the gradient that comes in is a constant: a gradient penalty would count as nothing."""
-    student = make(9, 4, 4)
-    loss = fastssl.self_relation_loss(student, torch.randn(9, 4, 4), reduction=reduction, backend="cpp").sum() ** power
-    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="self_relation_loss: second derivatives are not implemented"):
-        (loss + grad.square().sum()).backward()
-
-
-@needs_library
-def test_function_transforms_work_or_are_refused():
-    student, teacher = make(3, 4, 4), torch.randn(3, 4, 4)
-
-    def run(x):
-        return fastssl.self_relation_loss(x, teacher, backend="cpp")
-
-    expected = gradients(run(student), [student], torch.ones(()))[0]
-    assert torch.equal(torch.func.grad(run)(student.detach()), expected)
-    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
-        torch.func.grad(lambda x: torch.func.grad(run)(x).square().sum())(student.detach())
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: fastssl.self_relation_loss(x[None], teacher[:1], backend="cpp"))(student)
-
-
-@needs_library
 @COLUMNS
-@pytest.mark.parametrize("batch", [2, 9], ids=["strips", "one-pass"])
-def test_a_teacher_made_in_inference_mode(columns, batch):
-    given = arguments(batch, columns)
-    expected = gradients(fastssl.self_relation_loss(**given, backend="cpp"), leaves(given), torch.ones(()))
-    with torch.inference_mode():
-        made = {name: t.clone() for name, t in given.items() if name.startswith("teacher")}
-    got = gradients(fastssl.self_relation_loss(**{**given, **made}, backend="cpp"), leaves(given), torch.ones(()))
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-@needs_library
-def test_several_upstream_gradients_at_once():
-    student = make(9, 5, 4)
-    loss = fastssl.self_relation_loss(student, torch.randn(9, 5, 4), backend="cpp")
-    factors = torch.tensor([1.0, 2.0, -0.5])
-    (batched,) = torch.autograd.grad(loss, student, factors, retain_graph=True, is_grads_batched=True)
-    (one,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(batched, factors[:, None, None, None] * one)
-
-
-@needs_library
-def test_forward_mode_is_refused_not_wrong():
-    student, teacher = torch.randn(1, 4, 4), torch.randn(1, 4, 4)
-
-    def run(backend):
-        return lambda x: fastssl.self_relation_loss(x, teacher, backend=backend)
-
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(run("cpp"), (student,), (torch.ones_like(student),))
-    _, tangent = torch.func.jvp(run("reference"), (student,), (torch.randn_like(student),))
-    assert tangent.abs() > 0
-
-
-@needs_library
-@COLUMNS
-@pytest.mark.parametrize("batch", [2, 9], ids=["strips", "one-pass"])
-def test_nothing_is_written_to_and_the_graph_may_be_kept(columns, batch):
-    given = arguments(batch, columns)
-    before = copy.deepcopy({name: t.detach() for name, t in given.items()})
-    upstream = torch.tensor(2.5)
-    loss = fastssl.self_relation_loss(**given, backend="cpp")
-    first = torch.autograd.grad(loss, leaves(given), upstream, retain_graph=True)
-    kept = [g.clone() for g in first]
-    for g in first:
-        g.mul_(7)  # as gradient clipping does; it must not reach the graph
-    second = torch.autograd.grad(loss, leaves(given), upstream)
-    assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
-    assert all(torch.equal(given[name], t) for name, t in before.items())
-    assert upstream == 2.5
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        torch.autograd.grad(loss, leaves(given), upstream)
-
-
-@needs_library
-def test_the_gradient_of_one_pass_is_that_of_two():
-    given = arguments(9, True, 37, 24)
+def test_the_gradient_of_one_pass_is_that_of_two(cpu_path, columns):
+    given = tensors(9, 210, 24, 215 if columns else None)
     mean = fastssl.self_relation_loss(**given, backend="cpp")
     rows = fastssl.self_relation_loss(**given, reduction="none", backend="cpp")
-    torch.testing.assert_close(mean, rows.mean())
+    assert_close(mean, rows.mean(), ONE_PASS)
     once = gradients(mean, leaves(given), torch.tensor(3.0))
     twice = gradients(rows, leaves(given), torch.full_like(rows, 3.0 / rows.numel()))
     for a, b in zip(once, twice, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-@needs_library
-def test_a_gradient_of_one_is_handed_out_as_it_is(monkeypatch):
-    """No pass over the gradient for `loss.backward()`: what backward returns is what forward computed."""
-    made = []
-    real = torch.ops.fastssl.self_relation_loss_forward
-
-    def spy(*call):
-        made.append(real(*call))
-        return made[-1]
-
-    monkeypatch.setattr(torch.ops.fastssl, "self_relation_loss_forward", spy)
-    student = make(9, 9, 8)
-    loss = fastssl.self_relation_loss(student, torch.randn(9, 9, 8), backend="cpp")
-    assert torch.autograd.grad(loss, student, torch.ones(()))[0].data_ptr() == made[0][2].data_ptr()
-
-
-@needs_library
-def test_float16_gradients_wait_for_the_loss_scaling():
-    """Of 2^-26 each, below float16's smallest number, until backward multiplies them by 2^16."""
-    student = make(64, 256, 8, dtype=torch.float16)
-    teacher = (student.detach().float() + 1e-3 * torch.randn(64, 256, 8)).half()
-    scaled = fastssl.self_relation_loss(student, teacher, backend="cpp") * 2.0**16
-    exact = student.detach().double().requires_grad_()
-    truth = fastssl.self_relation_loss(exact, teacher.double(), backend="reference") * 2.0**16
-    got, expected = (torch.autograd.grad(x, leaf)[0].double() for x, leaf in ((scaled, student), (truth, exact)))
-    assert (got - expected).norm() <= 1e-2 * expected.norm()
+        assert_close(a, b, ONE_PASS)
 
 
 @needs_library
@@ -288,7 +138,7 @@ def test_raw_operators_refuse_what_would_read_elsewhere():
 
 
 def test_the_docstring_equivalent_is_true():
-    given = arguments(3, True)
+    given = tensors(3, 9, 8, 11)
     p = fastssl.self_relation(given["student"], temp=0.5, columns=given["student_columns"], num_heads=2)
     q = fastssl.self_relation(given["teacher"], temp=0.2, columns=given["teacher_columns"], num_heads=2)
     expected = -(q.detach() * p.log()).sum(-1)
@@ -296,57 +146,6 @@ def test_the_docstring_equivalent_is_true():
         common = dict(**given, num_heads=2, student_temp=0.5, teacher_temp=0.2, backend=backend)
         torch.testing.assert_close(fastssl.self_relation_loss(**common, reduction="none"), expected)
         torch.testing.assert_close(fastssl.self_relation_loss(**common), expected.mean())
-
-
-def test_the_teacher_is_a_constant():
-    student, teacher = make(2, 5, 4), make(2, 5, 4)
-    for backend in ("reference", *(["cpp"] if _library.loaded() else [])):
-        loss = fastssl.self_relation_loss(student, teacher, backend=backend)
-        assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
-        alone = fastssl.self_relation_loss(student.detach(), teacher, backend=backend)
-        assert not alone.requires_grad
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-PEAK = """
-import sys, torch, fastssl
-torch.set_num_threads(1)
-kind, length = sys.argv[1], int(sys.argv[2])
-shape = (2, length, 64) if kind == "pixel" else (2, 64, length)  # rows of depth 64 in both
-student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
-
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-def step(n):
-    part = (student[:, :n], teacher[:, :n]) if kind == "pixel" else (student[..., :n], teacher[..., :n])
-    fastssl.self_relation_loss(*part, kind=kind, backend="cpp").backward()
-
-step(64)  # what torch allocates once
-before = peak()
-step(length)
-print(peak() - before)
-"""
-
-
-@needs_library
-@KINDS
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_peak_memory_grows_with_the_tokens_and_not_with_their_square(kind):
-    """The whole process's peak, scratch memory included: at N = 8192 one N×N matrix alone would be 256 MB."""
-
-    def kilobytes(length):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, kind, str(length)], capture_output=True, text=True, check=True, timeout=300
-        )
-        return int(done.stdout)
-
-    small, large = kilobytes(2048), kilobytes(8192)
-    tokens = 2 * 8192 * 64 * 4 / 1024
-    assert large <= 8 * small + 1024  # 4 times the tokens; their square would be 16 times as much
-    assert large <= 8 * tokens
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------
@@ -392,13 +191,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_bad_input_is_one_sentence(change, error, message):
     given = {"student": X, "teacher": X, **change}
-    with pytest.raises(error, match=message) as caught:
-        fastssl.self_relation_loss(**given)
-    assert str(caught.value).startswith("self_relation_loss: ")
-    assert "\n" not in str(caught.value)
-    if "backend" not in given:
-        with pytest.raises(error, match=message):
-            fastssl.explain("self_relation_loss", **given)
+    assert_refused("self_relation_loss", given, error, message)
 
 
 # ---- the module ------------------------------------------------------------------------------------------------

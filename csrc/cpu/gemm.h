@@ -128,8 +128,8 @@ FASTSSL_INLINE void panel_of_columns(const T* matrix, int64_t stride, int64_t ro
   }
 }
 
-// c[i][j] = Σ_k a[i · ROW + k · DEPTH] b[k][j] for kTileRows rows and NV vectors of columns; added to c with
-// ADD. `b_stride` is the distance of b's rows. Sums run over kChunk products at a time: one long chain of
+// c[i][j] = Σ_k a[i · ROW + k · DEPTH] b[k][j] for ROWS rows and NV vectors of columns; added to c with ADD.
+// `b_stride` is the distance of b's rows. Sums run over kChunk products at a time: one long chain of
 // alike terms would round the same way every time, and its error would grow with the depth.
 constexpr int64_t kChunk = 64;
 
@@ -163,9 +163,9 @@ FASTSSL_INLINE void strided_tile(int64_t depth, const T* a, const T* b, int64_t 
   } while (k < depth);
 }
 // The same of a whole packed strip.
-template <class T, int NV>
+template <class T, int NV, bool ADD = false>
 FASTSSL_INLINE void tile(int64_t depth, const T* a, const T* b, int64_t b_lanes, T* c, int64_t c_stride) {
-  strided_tile<T, kTileRows, NV, 1, kStripStride<T>, false>(depth, a, b, b_lanes, c, c_stride);
+  strided_tile<T, kTileRows, NV, 1, kStripStride<T>, ADD>(depth, a, b, b_lanes, c, c_stride);
 }
 
 // A tile of kTileRows rows or, where a matrix ends, of little more than the `rows` that are left of it.
@@ -186,7 +186,8 @@ __attribute__((noinline)) void last_tile(int64_t rows, int64_t vectors, int64_t 
 
 // One strip of a product: kTileRows rows against columns [from, to) of the packed panels `b`; `from` is a
 // multiple of the vector width. c is the strip's first row at column 0; columns are written in whole vectors.
-template <class T>
+// ADD: added to what is there.
+template <class T, bool ADD = false>
 void strip_product(int64_t depth, const T* a_panel, const T* b, int64_t from, int64_t to, T* c,
                    int64_t c_stride) {
   constexpr int W = Simd<T>::kWidth, N = kTileColumns<T>;
@@ -194,10 +195,10 @@ void strip_product(int64_t depth, const T* a_panel, const T* b, int64_t from, in
     const int64_t lane = j % N;
     const T* panel = b + (j - lane) * depth + lane;
     if (lane == 0 && to - j > W) {
-      tile<T, 2>(depth, a_panel, panel, N, c + j, c_stride);
+      tile<T, 2, ADD>(depth, a_panel, panel, N, c + j, c_stride);
       j += N;
     } else {
-      tile<T, 1>(depth, a_panel, panel, N, c + j, c_stride);
+      tile<T, 1, ADD>(depth, a_panel, panel, N, c + j, c_stride);
       j += W;
     }
   }

@@ -4,6 +4,16 @@
 
 namespace fastssl::cpu::FASTSSL_ISA {
 
+// Rows [i, i + rows) of the gradient of `target`, at most a strip of them, to `out`. `strip` is changed;
+// `vectors` has room for a strip of rows, which is not used without `normalize`.
+template <class T>
+void store_gradient(T* strip, int64_t width, int64_t rows, int64_t depth, bool normalize, T* vectors,
+                    const Strided& target, const Strided& out, int64_t batch, int64_t head, int64_t i) {
+  if (normalize)
+    gradient_through_lengths<T>(element(target, batch, head, i), target, rows, depth, vectors, strip, width);
+  store_strip<T>(strip, width, rows, depth, out, batch, head, i);
+}
+
 template <class T>
 struct GradientStrips {
   static constexpr int R = kTileRows, C = kTileColumns<T>;
@@ -27,22 +37,25 @@ struct GradientStrips {
   void pack_factor(const Strided& x, int64_t batch, int64_t head) const {
     pack_depth<T, C>(factor, element(x, batch, head), x, inner, depth, normalize, inverse, vectors);
   }
-  // Rows [i, i + count) of the gradient of `target` to `out`; count is at most strips · R. `panels` holds as
-  // many strips of D.
-  void write(const T* panels, const Strided& target, const Strided& out, int64_t batch, int64_t head,
-             int64_t i, int64_t count) const {
+  // Product of `panels`, which hold count rows of D as strips; count is at most strips · R.
+  void multiply(const T* panels, int64_t count) const {
     for (int64_t c = 0; c < depth; c += C) {
       for (int64_t r = 0; r < count; r += R)
         strip_product<T>(inner, strip_at<T>(panels, r, inner), factor, c, std::min(c + C, depth),
                          product + r * width, width);
     }
-    for (int64_t r = 0; r < count; r += R) {
-      const int64_t rows = std::min<int64_t>(R, count - r);
-      if (normalize)
-        gradient_through_lengths<T>(element(target, batch, head, i + r), target, rows, depth, vectors,
-                                    product + r * width, width);
-      store_strip<T>(product + r * width, width, rows, depth, out, batch, head, i + r);
-    }
+  }
+  // The product as rows [i, i + count) of the gradient of `target` to `out`.
+  void store(const Strided& target, const Strided& out, int64_t batch, int64_t head, int64_t i,
+             int64_t count) const {
+    for (int64_t r = 0; r < count; r += R)
+      store_gradient<T>(product + r * width, width, std::min<int64_t>(R, count - r), depth, normalize,
+                        vectors, target, out, batch, head, i + r);
+  }
+  void write(const T* panels, const Strided& target, const Strided& out, int64_t batch, int64_t head,
+             int64_t i, int64_t count) const {
+    multiply(panels, count);
+    store(target, out, batch, head, i, count);
   }
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -19,6 +20,9 @@ constexpr int kRemoveNone = 0, kRemoveTeacher = 1, kRemoveBoth = 2;
 // Strips of rows that are worked on together: each panel of columns is read once for all of them.
 constexpr int kGramGroup = 4;
 
+// Rows of one band of the gradient: a whole number of every tile's columns, and nearly one of its rows.
+constexpr int64_t kGramBand = 96;
+
 // One call.
 struct GramLoss {
   Strided student, teacher;
@@ -28,13 +32,22 @@ struct GramLoss {
   bool wants_gradient = false;
   Strided grad_student;
   double weight = 0;  // of each (S − T)²
+  // The bands of some images, from image `first` on.
+  char* bands = nullptr;
+  int64_t first = 0;
+
+  int64_t bands_per_image() const { return ceil_div(rows, kGramBand); }
 };
 
 struct GramLossKernels {
   void (*images)(const GramLoss&, int64_t begin, int64_t end);
   void (*groups)(const GramLoss&, int64_t begin, int64_t end);
-  void (*gradient_groups)(const GramLoss&, int64_t begin, int64_t end);
   int64_t group_rows;
+  // The gradient, where not in one pass; see gram_loss_gradient.h.
+  int64_t (*band_bytes)(const GramLoss&);
+  void (*gradient_bands)(const GramLoss&, int64_t begin, int64_t end);
+  void (*gradient_pairs)(const GramLoss&, int64_t round, int64_t begin, int64_t end);
+  void (*gradient_store)(const GramLoss&, int64_t begin, int64_t end);
 };
 
 }  // namespace fastssl::cpu
@@ -76,9 +89,24 @@ double count_of(const GramLoss& op) {
 // the shape alone: the two ways round differently, and the number of threads may change no bit.
 bool in_one_pass(const GramLoss& op) { return op.rows * op.rows <= int64_t{160} << 10 && op.batch >= 8; }
 
-void run_gradient_groups(const GramLoss& op, const GramLossKernels& kernels) {
-  torch::stable::parallel_for(0, op.batch * ceil_div(op.rows, kernels.group_rows), 1,
-                              [&](int64_t begin, int64_t end) { kernels.gradient_groups(op, begin, end); });
+// The gradient of all images, some at a time: as many as give each thread several pairs of bands per round.
+void run_gradient(GramLoss op, const GramLossKernels& kernels) {
+  const int64_t bands = op.bands_per_image(), pairs = bands / 2, rounds = bands - 1 + bands % 2;
+  const int64_t wanted = 4 * int64_t{torch::stable::get_num_threads()};
+  const int64_t at_once = std::min(op.batch, ceil_div(wanted, std::max<int64_t>(pairs, 1)));
+  const int64_t bytes = at_once * bands * kernels.band_bytes(op);
+  const std::unique_ptr<void, decltype(&std::free)> memory(
+      std::aligned_alloc(Scratch::kAlignment, static_cast<size_t>(bytes)), std::free);
+  if (memory == nullptr) throw std::bad_alloc();
+  op.bands = static_cast<char*>(memory.get());
+  for (; op.first < op.batch; op.first += at_once) {
+    const int64_t images = std::min(at_once, op.batch - op.first);
+    const auto run = [&](int64_t items, auto&& kernel) { torch::stable::parallel_for(0, items, 1, kernel); };
+    run(images * bands, [&](int64_t begin, int64_t end) { kernels.gradient_bands(op, begin, end); });
+    for (int64_t round = 0; round < rounds; ++round)
+      run(images * pairs, [&](int64_t begin, int64_t end) { kernels.gradient_pairs(op, round, begin, end); });
+    run(images * bands, [&](int64_t begin, int64_t end) { kernels.gradient_store(op, begin, end); });
+  }
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, int64_t normalize,
@@ -103,7 +131,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
                                 [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
     for (const double part : sums) sum += part;
     sum *= op.weight;
-    if (wanted && !one_pass) run_gradient_groups(op, kernels);
+    if (wanted && !one_pass) run_gradient(op, kernels);
   }
   if (doubles) {
     *static_cast<double*>(loss.data_ptr()) = sum;
@@ -128,7 +156,7 @@ Tensor backward(const Tensor& grad, const Tensor& student, const Tensor& teacher
                                   : double{*static_cast<const float*>(grad.data_ptr())};
   op.grad_student = heads_of(result, false, 1);
   op.weight = upstream / count_of(op);
-  run_gradient_groups(op, FASTSSL_FOR_ISA(gram_kernels(doubles, remove)));
+  run_gradient(op, FASTSSL_FOR_ISA(gram_kernels(doubles, remove)));
   return result;
 }
 

@@ -178,58 +178,17 @@ void gram_images(const GramLoss& op, int64_t begin, int64_t end) {
   }
 }
 
-// Groups [begin, end) of kGramGroup strips of all images: dX = 4 w D X, with D, the mask's share of S − T,
-// made strip by strip.
-template <class T, int REMOVE>
-void gram_gradient_groups(const GramLoss& op, int64_t begin, int64_t end) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
-  constexpr int64_t kRows = kGramGroup * kTileRows;
-  const int64_t n = op.rows, groups = ceil_div(n, kRows);
-  GramTiles<T> tiles(op, kRows);
-  GradientStrips<T> gradient(n, op.student_depth, op.normalize, kGramGroup);
-  T* panels = nullptr;
-  const auto lay_out = [&](auto&& take) {
-    tiles.lay_out(take);
-    gradient.lay_out(take);
-    take(panels, strips_size<T>(kRows, n));
-  };
-  size_t bytes = 0;
-  lay_out([&](T*&, int64_t count) { bytes += Scratch::bytes_of<T>(count); });
-  Scratch scratch(bytes);
-  lay_out([&](T*& pointer, int64_t count) { pointer = scratch.take<T>(count); });
-  const T scale = static_cast<T>(4 * op.weight);
-  int64_t packed = -1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t image = item / groups, first = item % groups * kRows, last = std::min(n, first + kRows);
-    if (image != packed) {
-      tiles.pack_columns(image);
-      gradient.pack_factor(op.student, image, 0);
-      packed = image;
-    }
-    tiles.pack_strips(first, last);
-    for (int64_t j = 0; j < n; j += C) {
-      for (int64_t i = first; i < last; i += R) {
-        const int columns = tiles.multiply(i - first, j);
-        const int count = static_cast<int>(std::min<int64_t>(R, n - i));
-        for (int r = 0; r < count; ++r) {
-          for (int v = 0; v < columns; v += W) {
-            T* at = tiles.s + r * C + v;
-            const Vec<T> s = load<T>(at), d = difference<T, REMOVE>(s, load<T>(tiles.t + r * C + v));
-            store<T>(at, half_gradient<T, REMOVE>(s, d) * scale);
-          }
-        }
-        pack<T, R>(strip_at<T>(panels, i - first, n) + j * kStripStride<T>, tiles.s,
-                   sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, C, 1, count,
-                   std::min<int64_t>(columns, n - j));
-      }
-    }
-    gradient.write(panels, op.student, op.grad_student, image, 0, first, last - first);
-  }
-}
+}  // namespace fastssl::cpu::FASTSSL_ISA
+
+#include "cpu/gram_loss_gradient.h"
+
+namespace fastssl::cpu::FASTSSL_ISA {
 
 template <class T, int REMOVE>
-constexpr GramLossKernels kGramKernels{gram_images<T, REMOVE>, gram_groups<T, REMOVE>,
-                                       gram_gradient_groups<T, REMOVE>, kGramGroup * kTileRows};
+constexpr GramLossKernels kGramKernels{gram_images<T, REMOVE>,         gram_groups<T, REMOVE>,
+                                       kGramGroup * kTileRows,         GramBand<T>::bytes,
+                                       gram_gradient_bands<T, REMOVE>, gram_gradient_pairs<T, REMOVE>,
+                                       gram_gradient_store<T>};
 
 template <class T>
 const GramLossKernels& gram_kernels_of(int64_t remove) {

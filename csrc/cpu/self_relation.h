@@ -2,6 +2,7 @@
 // set by foreach_isa.h.
 
 #include "cpu/lengths.h"
+#include "cpu/gradient_strips.h"
 #include "cpu/self_relation_forward.h"
 #include "cpu/self_relation_backward.h"
 

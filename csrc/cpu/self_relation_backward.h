@@ -178,39 +178,35 @@ void gradient_panel(const Pair<T, S>& pair, const Offset<T>* offsets, int64_t fi
 // Strips [begin, end) of all heads in a row, of the gradient of x (BY_ROW) or of the columns.
 template <class T, class S, bool BY_ROW, bool BY_COLUMN>
 void gradient_strips(const SelfRelation& op, int64_t begin, int64_t end) {
-  constexpr int R = kTileRows, C = kTileColumns<T>;
+  constexpr int R = kTileRows;
   const Strided& target = BY_ROW ? op.x : op.y;  // what the gradient is taken of
   const Strided& other = BY_COLUMN ? op.x : op.y;
   const Strided& out = BY_ROW ? op.grad_x : op.grad_y;
   const int64_t rows = BY_ROW ? op.rows : op.columns, depth = BY_COLUMN ? op.rows : op.columns;
-  const int64_t k = op.depth, width = round_up(k, C), strips = ceil_div(rows, R);
-  const int64_t lengths = op.normalize ? round_up(depth, C) : 0;
-  const int64_t vectors_size = op.normalize ? k * std::max(C, kStripStride<T>) : 0;
-  Scratch scratch(Scratch::bytes_of<T>(kStripStride<T> * depth) + Scratch::bytes_of<T>(depth * width) +
-                  Scratch::bytes_of<T>(R * width) + Scratch::bytes_of<T>(lengths) +
-                  Scratch::bytes_of<T>(vectors_size));
-  T* panel = scratch.take<T>(kStripStride<T> * depth);
-  T* b = scratch.take<T>(depth * width);
-  T* strip = scratch.take<T>(R * width);
-  T* inverse = scratch.take<T>(lengths);
-  T* vectors = scratch.take<T>(vectors_size);
+  const int64_t strips = ceil_div(rows, R);
+  GradientStrips<T> gradient(depth, op.depth, op.normalize);
+  T* panel = nullptr;
+  const auto lay_out = [&](auto&& take) {
+    take(panel, kStripStride<T> * depth);
+    gradient.lay_out(take);
+  };
+  size_t bytes = 0;
+  lay_out([&](T*&, int64_t count) { bytes += Scratch::bytes_of<T>(count); });
+  Scratch scratch(bytes);
+  lay_out([&](T*& pointer, int64_t count) { pointer = scratch.take<T>(count); });
   const T scale = static_cast<T>(op.scale);
   int64_t packed = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t h = item / strips, i = item % strips * R, count = std::min<int64_t>(R, rows - i);
     const int64_t batch = h / op.heads, head = h % op.heads;
-    if (h != packed) {
-      pack_depth<T, C>(b, element(other, batch, head), other, depth, k, op.normalize, inverse, vectors);
-      packed = h;
-    }
+    if (h != packed) gradient.pack_factor(other, batch, head);
+    packed = h;
     const Pair<T, S> pair(op, h);
     gradient_panel<T, S, BY_ROW, BY_COLUMN>(pair, static_cast<const Offset<T>*>(op.offsets) + h * op.rows, i,
                                             count, depth, panel);
-    strip_product<T>(depth, panel, b, 0, k, strip, width);
-    for (int64_t e = 0; e < count * width; ++e) strip[e] *= scale;
-    if (op.normalize)
-      gradient_through_lengths<T>(element(target, batch, head, i), target, count, k, vectors, strip, width);
-    store_strip<T>(strip, width, count, k, out, batch, head, i);
+    gradient.multiply(panel, count);
+    for (int64_t e = 0; e < count * gradient.width; ++e) gradient.product[e] *= scale;
+    gradient.store(target, out, batch, head, i, count);
   }
 }
 

@@ -171,7 +171,7 @@ void forward_heads(const SelfRelation& op, int64_t begin, int64_t end) {
 // are too few heads to give each thread its own.
 template <class T>
 void forward_strips(const SelfRelation& op, int64_t begin, int64_t end) {
-  constexpr int W = Simd<T>::kWidth, R = kTileRows, C = kTileColumns<T>;
+  constexpr int R = kTileRows, C = kTileColumns<T>;
   const int64_t n = op.rows, m = op.columns, k = op.depth, width = round_up(m, C), strips = ceil_div(n, R);
   const T factor = static_cast<T>(op.scale * 1.4426950408889634);
   Scratch scratch(Scratch::bytes_of<T>(kStripStride<T> * k) + Scratch::bytes_of<T>(width * k) +

@@ -334,11 +334,13 @@ void any_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bo
 template <class T>
 void multiply_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t h, bool of_triangles,
                    bool by_columns, const Strided& target, const Strided& other, const Strided& out) {
-  constexpr int R = kTileRows, C = kTileColumns<T>;
+  constexpr int R = kTileRows;
   const int64_t rows = by_columns ? op.columns : op.rows, inner = by_columns ? op.rows : op.columns;
-  const int64_t k = op.student.depth, width = round_up(k, C), batch = h / op.heads, number = h % op.heads;
-  pack_depth<T, C>(head.b, element(other, batch, number), other, inner, k, op.normalize, head.inverse,
-                   head.vectors);
+  const int64_t batch = h / op.heads, number = h % op.heads;
+  GradientStrips<T> gradient(inner, op.student.depth, op.normalize);
+  gradient.factor = head.b, gradient.product = head.strip;
+  gradient.inverse = head.inverse, gradient.vectors = head.vectors;
+  gradient.pack_factor(other, batch, number);
   for (int64_t i = 0; i < rows; i += R) {
     const int64_t count = std::min<int64_t>(R, rows - i);
     if (of_triangles) {
@@ -349,12 +351,7 @@ void multiply_head(const SelfRelationLoss& op, const LossHead<T>& head, int64_t 
       pack<T, R>(head.panel, head.row(i), sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, head.stride, 1,
                  count, inner);
     }
-    strip_product<T>(inner, head.panel, head.b, 0, k, head.strip, width);
-    if (op.normalize) {
-      gradient_through_lengths<T>(element(target, batch, number, i), target, count, k, head.vectors,
-                                  head.strip, width);
-    }
-    store_strip<T>(head.strip, width, count, k, out, batch, number, i);
+    gradient.write(head.panel, target, out, batch, number, i, count);
   }
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,21 +48,39 @@ def wants_gradient(x: Tensor) -> bool:
     return x.requires_grad or wants_gradient(torch._C._functorch.get_unwrapped(x))
 
 
-def without_inference_tensors(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What ctx.save_for_backward takes; tensors made under torch.inference_mode(), a teacher's, go to ctx.constants.
+def save(ctx: Any, tensors: tuple[Tensor | None, ...], gradients: Sequence[Tensor]) -> None:
+    """Keeps for backward what a forward was given and, where it computed them with the loss, the gradients.
 
-    The counterpart is `saved`.
+    Tensors made under torch.inference_mode(), a teacher's, are none that ctx.save_for_backward takes. The counterparts
+    are `saved` and `saved_gradients`.
     """
     ctx.constants = {}
+    ctx.saved_inputs = len(tensors)
     if torch.compiler.is_compiling():
-        return tensors
+        ctx.save_for_backward(*tensors, *gradients)
+        return
     ctx.constants = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    return tuple(None if i in ctx.constants else t for i, t in enumerate(tensors))
+    ctx.save_for_backward(*(None if i in ctx.constants else t for i, t in enumerate(tensors)))
+    ctx.gradients = gradients
 
 
 def saved(ctx: Any) -> list[Any]:
-    """ctx.saved_tensors with the inference tensors among them."""
-    return [ctx.constants.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+    """What was given: ctx.saved_tensors with the inference tensors among them."""
+    return [ctx.constants.get(i, t) for i, t in enumerate(ctx.saved_tensors[: ctx.saved_inputs])]
+
+
+def saved_gradients(ctx: Any, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """The gradients that were computed with the loss, times that of the loss.
+
+    Handed out once, so that whoever gets them may write to them. A graph that is kept computes them `again`.
+    """
+    if torch.compiler.is_compiling():
+        gradients = ctx.saved_tensors[ctx.saved_inputs :]
+    else:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = again()
+    return [times(gradient, grad) for gradient in gradients]
 
 
 def first_derivatives_only(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._gradients import first_derivatives_only, saved, times, wants_gradient, without_inference_tensors
+from fastssl.ops._gradients import first_derivatives_only, save, saved, saved_gradients, wants_gradient
 from fastssl.reference.gram_loss import gram_loss as _reference
 
 _OP = "gram_loss"
@@ -163,29 +163,17 @@ class _GramLoss(torch.autograd.Function):
         gradient = output[1]
         ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)
-        kept = without_inference_tensors(ctx, *tensors)
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*kept, gradient)
-        else:
-            ctx.save_for_backward(*kept)
-            ctx.gradient = gradient if ctx.eager else None
+        save(ctx, tuple(tensors), (gradient,) if ctx.eager else ())
 
     @staticmethod
     @first_derivatives_only(_OP)
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        student, teacher = saved(ctx)[:2]
+        student, teacher = saved(ctx)
         if grad is None:
             return (None,) * 6
         numbers = (ctx.normalize, ctx.remove)
         if ctx.eager:
-            if torch.compiler.is_compiling():
-                gradient = ctx.saved_tensors[2]
-            else:
-                # Handed out once, so that whoever gets it may write to it. A graph that is kept computes it anew.
-                gradient, ctx.gradient = ctx.gradient, None
-                if gradient is None:
-                    gradient = _forward(ctx.backend, student, teacher, *numbers, 1)[1]
-            result = times(gradient, grad)
+            (result,) = saved_gradients(ctx, grad, lambda: _forward(ctx.backend, student, teacher, *numbers, 1)[1:])
         else:
             ops = torch.ops.fastssl
             run = ops.gram_loss_backward if ctx.backend == "cpp" else ops.gram_loss_backward_triton

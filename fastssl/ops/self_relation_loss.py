@@ -11,7 +11,7 @@ from torch import Tensor
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._gradients import first_derivatives_only, mean, saved, times, wants_gradient, without_inference_tensors
+from fastssl.ops._gradients import first_derivatives_only, mean, save, saved, saved_gradients, wants_gradient
 from fastssl.ops._relation import relation_of
 from fastssl.reference.self_relation_loss import self_relation_loss as _reference
 
@@ -294,30 +294,18 @@ class _SelfRelationLoss(torch.autograd.Function):
         _, stats, *gradients = output
         ctx.mark_non_differentiable(stats, *gradients)
         ctx.set_materialize_grads(False)
-        kept = without_inference_tensors(ctx, *tensors, None if ctx.eager else stats)
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*kept, *gradients)
-        else:
-            ctx.save_for_backward(*kept)
-            ctx.gradients = gradients if ctx.eager else None
+        save(ctx, (*tensors, None if ctx.eager else stats), gradients if ctx.eager else ())
 
     @staticmethod
     @first_derivatives_only(_OP)
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        *given, stats = saved(ctx)[:5]
+        *given, stats = saved(ctx)
         if grad is None:
             return (None,) * 14
         own_columns = given[2] is None
         tensors = _pairs(*given)
         if ctx.eager:
-            if torch.compiler.is_compiling():
-                gradients = ctx.saved_tensors[5:]
-            else:
-                # Handed out once, so that whoever gets it may write to it. A graph that is kept computes it anew.
-                gradients, ctx.gradients = ctx.gradients, None
-                if gradients is None:
-                    gradients = _forward(ctx.backend, *tensors, *ctx.numbers, ctx.wanted)[2:]
-            results = [times(g, grad) for g in gradients]
+            results = saved_gradients(ctx, grad, lambda: _forward(ctx.backend, *tensors, *ctx.numbers, ctx.wanted)[2:])
         else:
             rows = stats.shape[1:]
             weights = (grad / max(rows.numel(), 1)).expand(rows) if ctx.of_mean else grad
