@@ -22,3 +22,8 @@ def of_logits(largest):
     multiply-adds, at 134).
     """
     return max(FORWARD[torch.float32], largest * 2.0**-23)
+
+
+#: simpool, a chain of a mean, two projections, a softmax and powers. Forward, and first derivatives to each argument.
+POOLED = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+POOLED_GRADIENT = {torch.float32: 5e-5, torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 1e-2}
