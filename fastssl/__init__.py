@@ -2,6 +2,7 @@
 
 from fastssl import nn
 from fastssl._backends import Explanation, explain, use_backend
+from fastssl.attention_overlay import attention_overlay
 from fastssl.ops.gram_loss import gram_loss
 from fastssl.ops.sample_tokens import sample_tokens
 from fastssl.ops.self_relation import self_relation
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "__version__",
+    "attention_overlay",
     "explain",
     "gram_loss",
     "nn",
