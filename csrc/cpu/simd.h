@@ -221,6 +221,35 @@ FASTSSL_INLINE Vec<double> exp2(Vec<double> t) {
   return t;
 }
 
+// ---- log2
+// ------------------------------------------------------------------------------------------------------
+
+// log2 of normal numbers above 0: v = m 2^e with m in [√½, √2), a degree-8 polynomial for log(1 + f), f = m
+// − 1. The error is below one unit in the last place of the larger of 1/8 and the result.
+FASTSSL_INLINE Vec<float> log2(Vec<float> v) {
+  using V = Vec<float>;
+  using I = Simd<float>::I;
+  const I bits = bits_as<I>(v) - 0x3f3504f3;  // √½ and above: exponent 0
+  const I exponent = bits >> 23;
+  const V f = bits_as<V>((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  V p = V{} + 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const V square = f * f;
+  const V log = f + (p * f - 0.5f) * square;
+  return log * 1.44269504f + __builtin_convertvector(exponent, V);
+}
+FASTSSL_INLINE Vec<double> log2(Vec<double> v) {
+  for (int l = 0; l < Simd<double>::kWidth; ++l) v[l] = std::log2(v[l]);
+  return v;
+}
+
 // ---- transposition
 // ---------------------------------------------------------------------------------------------
 

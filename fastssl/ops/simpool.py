@@ -190,7 +190,10 @@ def _check(
     if gamma is not None:
         _checks.check_number(_OP, "gamma", gamma, positive=True)
         double = any(value.dtype == torch.float64 for value in present.values())
-        largest = _largest_gamma(eps, double)
+        smallest = 2.0**-1022 if double else 2.0**-126  # normal number of the arithmetic's dtype
+        if eps < smallest:
+            raise ValueError(f"{_OP}: eps must be at least {smallest:.3g}, got {eps}")
+        largest = math.inf if eps >= 1 else math.log(smallest) / math.log(eps)
         if gamma > largest:
             raise ValueError(
                 f"{_OP}: gamma must be at most {largest:.4g} where eps is {eps} (or eps**gamma is 0), got {gamma}"
@@ -207,12 +210,6 @@ def _check(
     nothing = wq.new_empty(0)
     tensors = (rows, wq, nothing if bq is None else bq, wk, norm_weight, norm_bias, nothing if beta is None else beta)
     return _Args(tensors, bk, numbers, needs_grad, tuple((name, value.dtype) for name, value in present.items()))
-
-
-def _largest_gamma(eps: float, double: bool) -> float:
-    """Up to which exponent eps**gamma is a normal number of the arithmetic's dtype."""
-    smallest = 2.0**-1022 if double else 2.0**-126
-    return math.inf if eps >= 1 else math.log(smallest) / math.log(eps)
 
 
 def _describe(
