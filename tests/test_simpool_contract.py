@@ -283,8 +283,8 @@ def test_raw_operators_refuse_what_would_read_elsewhere():
             ops.simpool_forward(*(change.get(i, argument) for i, argument in enumerate(good)))
     pooled, attention, *kept = ops.simpool_forward(*good)
     given = (torch.randn_like(pooled), torch.randn_like(attention), *kept, *good, 3)
-    bad = [{0: torn}, {0: pooled.double()}, {1: attention[:, :1]}, {1: attention.double()}, {2: kept[0][:, :3]},
-        {2: kept[0].double()}, {3: kept[1][:1]}, {4: kept[2][:0]}]  # fmt: skip
+    bad = [{0: torn}, {1: attention[:, :1]}, {2: kept[0][:, :3]}, {2: kept[0].double()}, {3: kept[1][:1]},
+        {4: kept[2][:0]}]  # fmt: skip
     for change in bad:
         with pytest.raises(RuntimeError, match="simpool"):
             ops.simpool_backward(*(change.get(i, argument) for i, argument in enumerate(given)))
@@ -424,6 +424,7 @@ BAD = [
     (dict(gamma=torch.tensor(2.0)), TypeError, "gamma must be a finite number greater than 0, got Tensor"),
     (dict(gamma=7), ValueError, r"gamma must be at most 6\.3\d* where eps is 1e-06 \(or eps\*\*gamma is 0\), got 7"),
     (dict(gamma=2, eps=1e-20), ValueError, r"gamma must be at most 1\.8\d* where eps is 1e-20"),
+    (dict(gamma=2, eps=1e-39), ValueError, "eps must be at least 1.18e-38, got 1e-39"),
     (dict(gamma=2, eps=0), ValueError, "eps must be a finite number greater than 0, got 0"),
     (dict(eps=-1e-6), ValueError, "eps must be a finite number greater than 0, got -1e-06"),
     (dict(norm_eps=0.0), ValueError, "norm_eps must be a finite number greater than 0, got 0.0"),
