@@ -34,8 +34,10 @@ def draw_attention(photos: Sequence[Photo], maps: Sequence[Tensor], path: Path, 
     page.header(TITLE, subtitle)
     size = f"({maps[0].shape[0]}, {maps[0].shape[1]})"
     credits = "; ".join(f"{photo.name} {photo.credit}" for photo in photos if photo.credit)
-    page.scale("not at all", "most")
-    page.footer(command, CALL.format(size=size, alpha=ALPHA), f"Photographs: {credits}." if credits else "")
+    page.scale("least", "most")
+    page.footer(command, CALL.format(size=size, alpha=ALPHA), "")
+    if credits:  # of all of them, so smaller than on the other pages
+        page.text(MARGIN, page.size[1] - FOOTER + 45, f"Photographs: {credits}.", 9.6, "#667085")
     page.save(path)
 
 
