@@ -2,6 +2,7 @@
 
 from fastssl import nn
 from fastssl._backends import Explanation, explain, use_backend
+from fastssl.attention_overlay import attention_overlay
 from fastssl.ops.gram_loss import gram_loss
 from fastssl.ops.masked_attention import masked_attention
 from fastssl.ops.packed_attention import packed_attention
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "__version__",
+    "attention_overlay",
     "explain",
     "gram_loss",
     "masked_attention",

@@ -45,6 +45,19 @@ def cpu_path(request):
     _library.module.use_cpu_path(before)
 
 
+@pytest.fixture(params=["reference", *(f"cpp-{path}" for path in CPU_PATHS)])
+def backend(request):
+    """The name of each backend that computes on this CPU; cpp once for each of its code paths."""
+    name, _, path = request.param.partition("-")
+    if not path:
+        yield name
+        return
+    before = _library.module.cpu_path()
+    assert _library.module.use_cpu_path(path)
+    yield name
+    _library.module.use_cpu_path(before)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says at the end which proofs this machine could not run, and what is missing for them."""
     reasons = {}

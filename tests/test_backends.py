@@ -82,6 +82,29 @@ OTHERS_MUST_REFUSE = [
         ("triton", "cuda", torch.float32, False, "triton is not installed"),
     )
 ]
+POOLING_SIZES = {"tokens": 196, "channels": 384, "heads": 6}
+OTHERS_MUST_ACCEPT += [
+    ("simpool", backend, device, dtype, grad)
+    for backend, device, dtypes in (
+        ("cpp", "cpu", _backends.FLOATING),
+        ("cpp", "cuda", _backends.HALF_AND_SINGLE),
+        ("triton", "cuda", _backends.HALF_AND_SINGLE),
+        ("reference", "mps", _backends.FLOATING),
+    )
+    for dtype in dtypes
+    for grad in (False, True)
+]
+OTHERS_MUST_REFUSE += [
+    ("simpool", "cpp", "mps", torch.float32, True, "takes tensors on cpu or cuda, got mps"),
+    ("simpool", "cpp", "cuda", torch.float64, True, "its CUDA kernels take no float64 x"),
+    ("simpool", "cpp", "cuda", torch.float64, True, "its CUDA kernels take no float64 norm_bias"),
+    ("simpool", "cpp", "cpu", torch.float32, False, "not built here"),
+    ("simpool", "cpp", "cuda", torch.float32, False, "not built here"),
+    ("simpool", "triton", "cuda", torch.float64, True, "takes x of dtype float32, bfloat16, float16, got float64"),
+    ("simpool", "triton", "cuda", torch.float64, True, "takes wk of dtype float32, bfloat16, float16, got float64"),
+    ("simpool", "triton", "mps", torch.float32, True, "takes tensors on cuda or cpu, got mps"),
+    ("simpool", "triton", "cuda", torch.float32, False, "triton is not installed"),
+]
 
 
 def other_reasons(op, backend, device, dtype, grad, built, monkeypatch):
@@ -89,8 +112,11 @@ def other_reasons(op, backend, device, dtype, grad, built, monkeypatch):
     monkeypatch.setattr(_library, "why_not", why)
     monkeypatch.setattr(_library, "why_no_cuda", why)
     monkeypatch.setattr(kernels, "_installed", built)
-    names = ("student", "teacher") if op == "self_relation_loss" else ("x", "grid")
-    sizes = LOSS_SIZES if op == "self_relation_loss" else SAMPLING_SIZES
+    names, sizes = {
+        "self_relation_loss": (("student", "teacher"), LOSS_SIZES),
+        "sample_tokens": (("x", "grid"), SAMPLING_SIZES),
+        "simpool": (("x", "wq", "wk", "norm_weight", "norm_bias", "beta"), POOLING_SIZES),
+    }[op]
     made = Call(op, device, tuple((name, dtype) for name in names), grad, sizes)
     return reasons_against(OPS[op].backend(backend), made)
 

@@ -45,3 +45,7 @@ LARGE_LOGITS = 1e-3
 
 #: Samples of a map so large that float32 would be off by 4e-6 of a token. Measured: 4.8e-8.
 LARGE_MAPS = 2e-7
+
+#: simpool, a chain of a mean, two projections, a softmax and powers. Forward, and first derivatives to each argument.
+POOLED = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+POOLED_GRADIENT = {torch.float32: 5e-5, torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": "versions, backends, and why a backend is not used",
-    "demo": "what is like this patch? self_relation on real photographs",
+    "demo": "what is like this patch, and where does SimPool look? On real photographs",
 }
 
 

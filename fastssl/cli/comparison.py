@@ -21,13 +21,19 @@ import fastssl
 from fastssl import _library
 from fastssl.reference.self_relation import self_relation
 from fastssl.reference.self_relation_loss import self_relation_loss
+from fastssl.reference.simpool import simpool
 
 #: What counts as equal: the largest difference and the relative-norm error of values, and that of gradients.
 LIMIT, GRADIENT_LIMIT = 2e-6, 2e-5
+#: Where it is not that. Pooled values are up to 10, and a root of a sum of powers; those of relations are below 1.
+OTHER_LIMITS = {"simpool": (1e-5, 5e-5)}
 #: Measuring time of one row, both sides together, and the fewest rounds whatever they take.
 SECONDS, ROUNDS = 1.5, 3
 #: How many rows `cases` gives.
-ROWS = 8
+ROWS = 12
+
+
+Side = Callable[["_Call"], Tensor]
 
 
 class Case(NamedTuple):
@@ -36,13 +42,11 @@ class Case(NamedTuple):
     data: str
     what: str
     inputs: list[Tensor]
-    arguments: dict[str, Any]  # kind, num_heads, scale, temp, normalize: all of them; of a loss, those of its equation
+    arguments: dict[str, Any]  # of a relation kind, num_heads, scale, temp, normalize; else those of its equation
     backward: bool
-    teachers: list[Tensor] | None = None  # one per input: the row is of self_relation_loss, else of self_relation
-
-    @property
-    def op(self) -> str:
-        return "self_relation" if self.teachers is None else "self_relation_loss"
+    op: str = "self_relation"
+    teachers: list[Tensor] | None = None  # of a loss, one per input
+    weights: dict[str, Tensor] | None = None  # of a layer, by the names of the arguments; they get gradients too
 
 
 class Row(NamedTuple):
@@ -64,11 +68,18 @@ class Row(NamedTuple):
     speedup: float
     fused_peak_bytes: int
     eager_peak_bytes: int
+    op: str = "self_relation"
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Of values and of gradients."""
+        return OTHER_LIMITS.get(self.op, (LIMIT, GRADIENT_LIMIT))
 
     @property
     def equal(self) -> bool:
-        near = self.largest_difference <= LIMIT and self.value_error <= LIMIT  # a NaN is not
-        return near and (self.gradient_error is None or self.gradient_error <= GRADIENT_LIMIT)
+        limit, gradient_limit = self.limits
+        near = self.largest_difference <= limit and self.value_error <= limit  # a NaN is not
+        return near and (self.gradient_error is None or self.gradient_error <= gradient_limit)
 
     @property
     def name(self) -> str:
@@ -92,8 +103,20 @@ def cases(features: Sequence[Tensor], pixel: dict[str, Any], channel: dict[str, 
     teacher = 0.5 * (tokens + torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)))
     for kind, num_heads, temp in (("pixel", 6, 0.5), ("channel", 1, 0.1)):  # SERE's own
         loss = {"kind": kind, "num_heads": num_heads, "teacher_temp": temp}
-        rows.append(Case("ViT-S tokens", f"{kind} loss forward+backward", [tokens], loss, True, [teacher]))
+        what = f"{kind} loss forward+backward"
+        rows.append(Case("ViT-S tokens", what, [tokens], loss, True, "self_relation_loss", [teacher]))
+    for gamma in (None, 1.25):
+        for backward in (False, True):
+            what = f"simpool{'' if gamma is None else ' gamma'} {'forward+backward' if backward else 'forward'}"
+            pool = {"num_heads": 1, "gamma": gamma}
+            rows.append(Case("ViT-S tokens", what, [tokens], pool, backward, "simpool", None, _layer(384)))
     return rows
+
+
+def _layer(width: int) -> dict[str, Tensor]:
+    """SimPool's parameters."""
+    wq, wk = torch.randn(2, width, width, generator=torch.Generator().manual_seed(2)) / width**0.5
+    return {"wq": wq, "wk": wk, "norm_weight": torch.ones(width), "norm_bias": torch.zeros(width)}
 
 
 def eager(x: Tensor, *, kind: str, num_heads: int, scale: float, temp: float, normalize: bool) -> Tensor:
@@ -120,39 +143,83 @@ def eager_loss(student: Tensor, teacher: Tensor, *, kind: str, num_heads: int, t
     return loss
 
 
+def eager_pool(
+    x: Tensor, *, wq: Tensor, wk: Tensor, norm_weight: Tensor, norm_bias: Tensor, num_heads: int, gamma: float | None
+) -> Tensor:
+    """SimPool as users write it."""
+    y = F.layer_norm(x, x.shape[2:], norm_weight, norm_bias, 1e-6)
+    q = F.linear(x.mean(1, keepdim=True), wq).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    k = F.linear(y, wk).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    v = y.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    attention = (q.shape[-1] ** -0.5 * q @ k.mT).softmax(-1)
+    if gamma is None:
+        return (attention @ v).flatten(1)
+    pooled: Tensor = (attention @ (v - v.min() + 1e-6) ** gamma) ** (1 / gamma)
+    return pooled.flatten(1)
+
+
+def _true_pool(x: Tensor, **arguments: Any) -> Tensor:
+    return simpool(x, **arguments)[0]
+
+
+#: The reference of each op, and what one would write.
+SIDES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "self_relation": (self_relation, eager),
+    "self_relation_loss": (self_relation_loss, eager_loss),
+    "simpool": (_true_pool, eager_pool),
+}
+
+
+class _Call(NamedTuple):
+    """One call's tensors: the first, those after it, which get no gradient, and a layer's."""
+
+    x: Tensor
+    others: tuple[Tensor, ...]
+    weights: dict[str, Tensor]
+
+    def of(self, function: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
+        return function(self.x, *self.others, **self.weights, **arguments)
+
+    def copy(self, dtype: torch.dtype, backward: bool) -> _Call:
+        def leaf(t: Tensor) -> Tensor:
+            return t.detach().clone().to(dtype).requires_grad_(backward)
+
+        weights = {name: leaf(w) for name, w in self.weights.items()}
+        return _Call(leaf(self.x), tuple(t.to(dtype) for t in self.others), weights)
+
+
 def measure(case: Case, backend: str | None) -> Row:
     """Checks first, then times with the two sides taking turns, then looks at memory."""
     generator = torch.Generator().manual_seed(1)
     others: list[tuple[Tensor, ...]] = [(t,) for t in case.teachers or ()] or [()] * len(case.inputs)
-    inputs = [x.detach().clone().requires_grad_(case.backward) for x in case.inputs]
-    other_of = {id(x): other for x, other in zip(inputs, others, strict=True)}
+    given = [_Call(x, other, case.weights or {}) for x, other in zip(case.inputs, others, strict=True)]
+    calls = [call.copy(torch.float32, case.backward) for call in given]
+    reference, formula = SIDES[case.op]
     truths, upstream = [], []
-    for x in inputs:
-        wide = x.detach().double().requires_grad_(case.backward)
-        reference: Callable[..., Tensor] = self_relation if case.teachers is None else self_relation_loss
-        value = reference(wide, *(t.double() for t in other_of[id(x)]), **case.arguments)
+    for call in given:
+        wide = call.copy(torch.float64, case.backward)
+        value = wide.of(reference, case.arguments)
         upstream.append(torch.randn(value.shape, generator=generator) if case.backward else None)
-        truths.append(_gradient(value, wide, upstream[-1]))
+        truths.append(_gradients(value, wide, upstream[-1]))
 
-    def fused(x: Tensor) -> Tensor:
-        value: Tensor = getattr(fastssl, case.op)(x, *other_of[id(x)], backend=backend, **case.arguments)
-        return value
+    def fused(call: _Call) -> Tensor:
+        return call.of(getattr(fastssl, case.op), {"backend": backend, **case.arguments})
 
-    def plain(x: Tensor) -> Tensor:
-        formula: Callable[..., Tensor] = eager if case.teachers is None else eager_loss
-        return formula(x, *other_of[id(x)], **case.arguments)
+    def plain(call: _Call) -> Tensor:
+        return call.of(formula, case.arguments)
 
-    def run(relation: Callable[[Tensor], Tensor]) -> None:
-        for x, up in zip(inputs, upstream, strict=True):
-            _step(relation, x, up)
+    def run(side: Side) -> None:
+        for call, up in zip(calls, upstream, strict=True):
+            _gradients(side(call), call, up)
 
-    chosen = fastssl.explain(case.op, inputs[0], *others[0], backend=backend, **case.arguments).chosen
-    errors = {side: _errors(side, inputs, upstream, truths) for side in (fused, plain)}
+    first = calls[0]
+    chosen = fastssl.explain(case.op, first.x, *first.others, backend=backend, **first.weights, **case.arguments).chosen
+    errors = {side: _errors(side, calls, upstream, truths) for side in (fused, plain)}
     fused_ms, eager_ms, rounds = _times(lambda: run(fused), lambda: run(plain))
     return Row(
         data=case.data,
         what=case.what,
-        shapes=[list(x.shape) for x in inputs],
+        shapes=[list(x.shape) for x in case.inputs],
         arguments=case.arguments,
         backend=str(chosen),
         largest_difference=errors[fused][0],
@@ -166,34 +233,28 @@ def measure(case: Case, backend: str | None) -> Row:
         speedup=eager_ms / fused_ms,
         fused_peak_bytes=peak_bytes(lambda: run(fused)),
         eager_peak_bytes=peak_bytes(lambda: run(plain)),
+        op=case.op,
     )
 
 
-def _step(relation: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The relation and, where there is an upstream gradient, the gradient of x."""
-    return _gradient(relation(x), x, upstream)
-
-
-def _gradient(value: Tensor, x: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _gradients(value: Tensor, call: _Call, upstream: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The value and, where there is an upstream gradient, the gradients of x and of a layer's weights."""
     if upstream is None:
-        return value, None
-    return value.detach(), torch.autograd.grad(value, x, upstream.to(value.dtype))[0]
+        return value, ()
+    leaves = [call.x, *call.weights.values()]
+    return value.detach(), torch.autograd.grad(value, leaves, upstream.to(value.dtype))
 
 
 def _errors(
-    relation: Callable[[Tensor], Tensor],
-    inputs: list[Tensor],
-    upstream: list[Tensor | None],
-    truths: list[tuple[Tensor, Tensor | None]],
+    side: Side, calls: list[_Call], upstream: list[Tensor | None], truths: list[tuple[Tensor, tuple[Tensor, ...]]]
 ) -> tuple[float, float, float | None]:
-    """The worst over all inputs: largest difference, relative-norm error of value and of gradient."""
+    """The worst over all calls: largest difference, relative-norm error of value and of gradients."""
     largest, of_value, of_gradient = [], [], []
-    for x, up, (true_value, true_gradient) in zip(inputs, upstream, truths, strict=True):
-        value, gradient = _step(relation, x, up)
+    for call, up, (true_value, true_gradients) in zip(calls, upstream, truths, strict=True):
+        value, gradients = _gradients(side(call), call, up)
         largest.append((value.double() - true_value).abs().max())
         of_value.append(_relative(value, true_value))
-        if gradient is not None and true_gradient is not None:
-            of_gradient.append(_relative(gradient, true_gradient))
+        of_gradient += [_relative(g, truth) for g, truth in zip(gradients, true_gradients, strict=True)]
     # torch's max keeps a NaN, Python's may lose it
     worst = [float(torch.stack(e).max()) if e else None for e in (largest, of_value, of_gradient)]
     return worst[0] or 0.0, worst[1] or 0.0, worst[2]

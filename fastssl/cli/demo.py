@@ -1,4 +1,4 @@
-"""`python -m fastssl demo`: what is like this patch? Pictures, and a table that compares and times."""
+"""`python -m fastssl demo`: what is like this patch, where does SimPool look? Pictures, and a table that compares."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,8 @@ CHANNEL: dict[str, Any] = {"num_heads": 1, "scale": 1.0, "temp": 0.5, "normalize
 CALL = 'fastssl.self_relation(features, kind="{kind}", normalize=True, scale={scale}, temp={temp})'
 
 QUERIES = 6
+#: How often the bar moves while the small ViT is trained.
+TICKS = 20
 #: The photographs of the overview, as far as they are there.
 BEST = ("cat", "flower", "temple", "coffee")
 
@@ -79,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     photos = _photos(args.image)
     _writable(args.out)
     _accepted(args.backend)
-    steps = 2 * len(photos) + 2 + comparison.ROWS
+    steps = 2 * len(photos) + 3 + TICKS + comparison.ROWS
     with tqdm(total=steps, bar_format="{desc:<34} {bar:30} {n_fmt}/{total_fmt}  {elapsed}") as bar:
         studies = []
         for photo in photos:
@@ -90,6 +93,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.image is not None:
             command += f" --image {photos[0].title}"
         written = _draw(studies, args.out, command, args.image is not None, bar)
+        written.append(_attend(photos, args, command, bar))
         rows = []
         for case in comparison.cases([s.patches.features for s in studies], PIXEL, CHANNEL):
             bar.set_description_str(f"measuring {case.what}")
@@ -129,6 +133,38 @@ def _draw(studies: list[Study], out: Path, command: str, own: bool, bar: Any) ->
         pictures.draw_channels(best[:3], out / channels, command, channel)
         bar.update()
     return [*overview, *names, channels]
+
+
+def _attend(photos: list[Photo], args: argparse.Namespace, command: str, bar: Any) -> str:
+    """Trains a small ViT on the photographs, a picture of the user's among the shipped ones; draws where it looks."""
+    from fastssl.cli import attention_page, small_vit
+    from fastssl.cli.photos import shipped_photos
+
+    own = args.image is not None
+    known = [*photos, *shipped_photos()] if own else photos
+    bar.set_description_str(f"training a ViT on {len(known)} photographs")
+    done = 0
+
+    def tick(share: float) -> None:
+        nonlocal done
+        bar.update(int(share * TICKS) - done)
+        done = int(share * TICKS)
+
+    with nullcontext() if args.backend is None else fastssl.use_backend(args.backend):
+        start = perf_counter()
+        model, accuracy = small_vit.train([p.pixels for p in known], tick)
+        seconds = perf_counter() - start
+        bar.set_description_str("looking where SimPool looks")
+        maps = [small_vit.look(model, p.pixels) for p in photos]
+    name = f"simpool_{photos[0].name}.png" if own else "simpool.png"
+    subtitle = (
+        f"A ViT trained for {seconds:.0f} seconds, without labels, to tell from which of {len(known)} photographs a "
+        f"recoloured crop is ({100 * accuracy:.0f} % right); its SimPool attention."
+    )
+    with _writing(args.out):
+        attention_page.draw_attention(photos, maps, args.out / name, command, subtitle)
+    bar.update()
+    return name
 
 
 def study(photo: Photo, backend: str | None) -> Study:
@@ -175,7 +211,8 @@ def _accepted(backend: str | None) -> None:
     """Refuses a forced backend before anything is drawn, with all its reasons."""
     if backend is None:
         return
-    x = torch.zeros(1, 2, 8, requires_grad=True)
-    explanation = fastssl.explain("self_relation", x, backend=backend)
-    if explanation.chosen is None:
-        raise DemoError(f"backend {backend!r} cannot run here: {'; '.join(explanation.reasons[backend])}")
+    x, square, row = (torch.zeros(shape, requires_grad=True) for shape in ((1, 2, 8), (8, 8), (8,)))
+    for op, tensors in (("self_relation", (x,)), ("simpool", (x, square, square, row, row))):
+        explanation = fastssl.explain(op, *tensors, backend=backend)
+        if explanation.chosen is None:
+            raise DemoError(f"backend {backend!r} cannot run here: {'; '.join(explanation.reasons[backend])}")

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastssl.cli.comparison import GRADIENT_LIMIT, LIMIT, Row
+from fastssl.cli.comparison import GRADIENT_LIMIT, LIMIT, OTHER_LIMITS, Row
 
 NOTES = (
     "Errors are against `fastssl.reference` in float64: the largest difference of a value, and "
     "the norm of the difference over the norm of the truth, of values and of gradients. Times are medians, "
     "the two sides taking turns in one process; speed is PyTorch's time over fastssl's, so above 1x fastssl "
     "is faster. PyTorch is `(scale * q @ q.mT).softmax(-1)`, after `F.normalize` where the call normalises, and "
-    "for a loss `-(q.softmax(-1) * p.log_softmax(-1)).sum(-1).mean()` of two such relations. "
+    "for a loss `-(q.softmax(-1) * p.log_softmax(-1)).sum(-1).mean()` of two such relations, and for simpool "
+    "a layer norm, two projections and an attention, with powers of the values where it says gamma. "
     "Memory is the most that torch's allocator held for the call beyond what it held before, the result "
     "included; scratch memory that a kernel or the BLAS library allocates for itself is not in it."
 )
@@ -23,6 +24,8 @@ NOTES = (
 def verdict(rows: Sequence[Row]) -> tuple[bool, str]:
     """Whether every row agrees with the float64 reference, and the sentence that says so."""
     limits = f"limits {LIMIT:.0e}, gradients {GRADIENT_LIMIT:.0e}"
+    for op in [op for op in OTHER_LIMITS if any(row.op == op for row in rows)]:
+        limits += f", of {op} {OTHER_LIMITS[op][0]:.0e} and {OTHER_LIMITS[op][1]:.0e}"
     different = [row for row in rows if not row.equal]
     if different:
         return False, f"fused != reference ({limits}): {'; '.join(_errors(row) for row in different)}"
@@ -111,7 +114,7 @@ def write(rows: Sequence[Row], provenance: dict[str, Any], folder: Path) -> None
     (folder / "table.md").write_text(f"{text}\n\n{sentence}.\n\n{_made(provenance)}. {NOTES}\n", encoding="utf-8")
     content = {
         "provenance": provenance,
-        "limits": {"value": LIMIT, "gradient": GRADIENT_LIMIT},
+        "limits": {"value": LIMIT, "gradient": GRADIENT_LIMIT, "other": OTHER_LIMITS},
         "equal": equal,
         "verdict": sentence,
         "notes": NOTES,

@@ -3,5 +3,6 @@
 from fastssl.nn.crop_overlap import overlap_grids
 from fastssl.nn.self_relation_head import SelfRelationHead
 from fastssl.nn.self_relation_loss import SelfRelationLoss
+from fastssl.nn.simpool import SimPool
 
-__all__ = ["SelfRelationHead", "SelfRelationLoss", "overlap_grids"]
+__all__ = ["SelfRelationHead", "SelfRelationLoss", "SimPool", "overlap_grids"]
