@@ -36,7 +36,8 @@ struct PackFrom {
     constexpr int W = Simd<T>::kWidth, STRIDE = kPanelStride<T, LANES>;
     if (lane_stride == 1) {
       // Lanes past LANES may be read where the next row lies behind them.
-      const int64_t whole = count < LANES ? 0 : depth_stride >= STRIDE - LANES ? depth - (STRIDE > LANES) : 0;
+      const int64_t all = depth_stride >= STRIDE - LANES ? depth - (STRIDE > LANES) : 0;
+      const int64_t whole = count < LANES ? 0 : std::max<int64_t>(all, 0);
       for (int64_t k = 0; k < whole; ++k) {
 #pragma GCC unroll 4
         for (int lane = 0; lane < STRIDE; lane += W)

@@ -48,7 +48,7 @@ def wants_gradient(x: Tensor) -> bool:
     return x.requires_grad or wants_gradient(torch._C._functorch.get_unwrapped(x))
 
 
-def save(ctx: Any, tensors: tuple[Tensor | None, ...], gradients: Sequence[Tensor]) -> None:
+def save(ctx: Any, tensors: tuple[Tensor | None, ...], gradients: Sequence[Tensor] = ()) -> None:
     """Keeps for backward what a forward was given and, where it computed them with the loss, the gradients.
 
     Tensors made under torch.inference_mode(), a teacher's, are none that ctx.save_for_backward takes. The counterparts

@@ -12,7 +12,7 @@ from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
 from fastssl.ops._attention import check_heads, cpp_limits, triton_limits
-from fastssl.ops._gradients import first_derivatives_only, saved, wants_gradient, without_inference_tensors
+from fastssl.ops._gradients import first_derivatives_only, save, saved, wants_gradient
 from fastssl.reference.packed_attention import packed_attention as _reference
 
 _OP = "packed_attention"
@@ -154,7 +154,7 @@ class _PackedAttention(torch.autograd.Function):
         *tensors, ctx.max_seqlen, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*without_inference_tensors(ctx, *output, *tensors))
+        save(ctx, (*output, *tensors))
 
     @staticmethod
     @first_derivatives_only(_OP)

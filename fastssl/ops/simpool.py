@@ -11,7 +11,7 @@ from torch import Tensor
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._gradients import first_derivatives_only, saved, wants_gradient, without_inference_tensors
+from fastssl.ops._gradients import first_derivatives_only, save, saved, wants_gradient
 from fastssl.reference.simpool import simpool as _reference
 
 _OP = "simpool"
@@ -276,7 +276,7 @@ class _SimPool(torch.autograd.Function):
         _, _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*without_inference_tensors(ctx, x, wq, bq, wk, norm_weight, norm_bias, beta, bk, *kept))
+        save(ctx, (x, wq, bq, wk, norm_weight, norm_bias, beta, bk, *kept))
 
     @staticmethod
     @first_derivatives_only(_OP)
