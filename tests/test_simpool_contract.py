@@ -207,8 +207,9 @@ def test_arguments_made_in_inference_mode(gamma, value_min):
     ],
 )
 @pytest.mark.parametrize(("gamma", "value_min"), [(None, "batch"), (1.25, "channel")])
-def test_compiled_whole_with_dynamic_batch(name, layout, gamma, value_min):
-    tensors = parameters(12, beta=gamma is not None)
+@pytest.mark.parametrize("all_given", [True, False])
+def test_compiled_whole_with_dynamic_batch(name, layout, gamma, value_min, all_given):
+    tensors = parameters(12, biases=all_given, beta=all_given and gamma is not None)
 
     def step(x, tensors):
         outputs = run(x * 2, tensors, backend=name, num_heads=3, gamma=gamma, value_min=value_min)

@@ -46,6 +46,8 @@ LARGE_LOGITS = 1e-3
 #: Samples of a map so large that float32 would be off by 4e-6 of a token. Measured: 4.8e-8.
 LARGE_MAPS = 2e-7
 
-#: simpool, a chain of a mean, two projections, a softmax and powers. Forward, and first derivatives to each argument.
+#: simpool, a chain of a mean, two projections, a softmax and powers. Forward: measured on the CPU (avx512, avx2,
+#: portable) float32 7.0e-7, float64 2.0e-15, bfloat16 2.3e-3, float16 2.4e-4. First derivatives to each argument:
+#: float32 6.2e-6, float64 2.0e-14, bfloat16 2.9e-3, float16 3.9e-4.
 POOLED = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 POOLED_GRADIENT = {torch.float32: 5e-5, torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -207,8 +207,9 @@ def _check(
         float(norm_eps),
     )
     needs_grad = torch.is_grad_enabled() and any(wants_gradient(value) for value in present.values())
-    nothing = wq.new_empty(0)
-    tensors = (rows, wq, nothing if bq is None else bq, wk, norm_weight, norm_bias, nothing if beta is None else beta)
+    # One each: torch.compile takes no tensor twice.
+    bq, beta = (wq.new_empty(0) if value is None else value for value in (bq, beta))
+    tensors = (rows, wq, bq, wk, norm_weight, norm_bias, beta)
     return _Args(tensors, bk, numbers, needs_grad, tuple((name, value.dtype) for name, value in present.items()))
 
 
