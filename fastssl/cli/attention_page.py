@@ -37,7 +37,7 @@ def draw_attention(photos: Sequence[Photo], maps: Sequence[Tensor], path: Path, 
     page.scale("least", "most")
     page.footer(command, CALL.format(size=size, alpha=ALPHA), "")
     if credits:  # of all of them, so smaller than on the other pages
-        page.text(MARGIN, page.size[1] - FOOTER + 45, f"Photographs: {credits}.", 9.6, "#667085")
+        page.text(MARGIN, page.size[1] - FOOTER + 45, f"Photographs: {credits}.", 9.4, "#667085")
     page.save(path)
 
 

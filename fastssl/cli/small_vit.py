@@ -21,7 +21,7 @@ from fastssl.nn import SimPool
 #: Pixels of a patch's side and of a crop's, and how many patches a whole photograph has when it is looked at.
 PATCH, CROP, TOKENS = 8, 64, 600
 WIDTH, DEPTH, HEADS = 96, 4, 3
-STEPS, BATCH, SEED = 200, 64, 0
+STEPS, BATCH, SEED = 180, 64, 0
 #: The paper's exponent for ViTs.
 GAMMA = 1.25
 #: What attention to few patches costs: enough that it does not rest on the one patch that would do.
