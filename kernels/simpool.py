@@ -28,7 +28,6 @@ from fastssl.kernels.simpool_products import (
     queries,
 )
 from fastssl.kernels.simpool_tiles import (
-    Tiling,
     channels,
     direction,
     first_of,
@@ -37,7 +36,7 @@ from fastssl.kernels.simpool_tiles import (
     powers,
     sample,
     samples,
-    within_reach,
+    tiled,
     work,
 )
 from torch import Tensor
@@ -236,7 +235,7 @@ def finish(
             tl.store(rows + tl.cast(num_heads, tl.int64) * N + token, a, mask=token < N)
             tl.store(attention + token, a.to(attention.dtype.element_ty), mask=token < N)
     else:
-        mean = tl.sum(total, 0) / tl.where(there, z, 1.0)
+        mean = tl.where(there, tl.sum(total, 0) / tl.where(there, z, 1.0), 1.0)
         tl.store(vectors + (image * (3 + num_heads) + 2) * C + channel, mean, mask=there)
         if POWER:
             result = tl.exp2(tl.log2(mean) / gamma) + tl.load(beta, mask=beta_size > 0, other=0.0).to(tl.float32)
@@ -285,12 +284,11 @@ def forward(
     if B == 0:
         return out, attention, rows, vectors, minimum.zero_()
     with on_device(x):
-        x = within_reach(x)
+        x, tiling = tiled(x, many, kind > 0)
         wq, wk = matrices(wq, wk)
         norms = norm_weight.contiguous(), norm_bias.contiguous()
 
-        tiling = Tiling.of(C, x.stride(2) == 1 and not many, kind > 0)
-        chunks, chunk = tiling.chunks(N, False)
+        chunks, chunk = tiling.chunks(N)
         sums = work(x, B, chunks, C)
         minima = work(x, B, chunks, C) if kind == 2 else work(x, B * chunks * (kind > 0))
         choice = tiling.choice(token_statistics, MINIMUM=kind)
@@ -310,7 +308,7 @@ def forward(
         head_size = C // num_heads
         launch(choice, blocks * num_heads, vectors, wk, B, C, num_heads, head_size, *wk.stride())
 
-        chunks, chunk = tiling.chunks(N, many)
+        chunks, chunk = tiling.chunks(N, N if many else 0)
         statistics, pooled = work(x, 2, B, chunks, num_heads), work(x, B, chunks, C)
         choice = tiling.choice(attend, MINIMUM=kind, MANY=int(many))
         tensors = (x, *norms, vectors, minima, minimum, rows, statistics, pooled)

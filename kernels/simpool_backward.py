@@ -29,7 +29,6 @@ from fastssl.kernels.simpool_products import (
     tie_share,
 )
 from fastssl.kernels.simpool_tiles import (
-    Tiling,
     channels,
     direction,
     first_of,
@@ -39,7 +38,7 @@ from fastssl.kernels.simpool_tiles import (
     powers,
     sample,
     samples,
-    within_reach,
+    tiled,
     work,
 )
 from torch import Tensor
@@ -77,14 +76,14 @@ def grad_logits(
     upstream = channels(grad + image * grad_image, C, grad_channel, BLOCK_CHANNELS)
     mean = channels(vectors + 2 * C, C, 1, BLOCK_CHANNELS)
     share = upstream * weight
-    least = 0.0
+    rest = 1.0
     if MINIMUM:
         least = least_of(minimum, image, C, MINIMUM, BLOCK_CHANNELS)
-        slopes = of_means(upstream, mean, C, gamma, BLOCK_CHANNELS)
-        share = slopes / gamma
+        share = of_means(upstream, mean, C, gamma, BLOCK_CHANNELS)
+        rest = 1.0 / gamma
     attention = rows + tl.cast(2 + num_heads, tl.int64) * N
     if not MANY:
-        delta = _delta(share * mean, attention, grad_attention, attention_token, attention_size)
+        delta = _delta(share * mean, rest, attention, grad_attention, attention_token, attention_size)
     sum_g = tl.zeros([BLOCK_CHANNELS], tl.float32)
     sum_v = tl.zeros([BLOCK_CHANNELS], tl.float32)
     sum_x = tl.zeros([BLOCK_CHANNELS], tl.float32)
@@ -103,24 +102,27 @@ def grad_logits(
                 of_head = (channel // head_size == head)[None, :]
                 a = of_tokens(attention + tl.cast(head, tl.int64) * N, token, N, BLOCK_TOKENS)
                 delta = _delta(
-                    tl.where(of_head, share * mean, 0.0), attention + tl.cast(head, tl.int64) * N,
+                    tl.where(of_head, share * mean, 0.0), rest, attention + tl.cast(head, tl.int64) * N,
                     grad_attention + tl.cast(head, tl.int64) * attention_head, attention_token, attention_size,
                 )  # fmt: skip
                 dl = _grad_logits(
-                    tl.where(of_head, gained, 0.0), a, delta, grad_attention, logits, head, token, N, all_logits,
+                    tl.where(of_head, gained, 0.0), rest, a, delta, grad_attention, logits, head, token, N, all_logits,
                     attention_head, attention_token, attention_size, BLOCK_TOKENS,
                 )  # fmt: skip
-                tl.store(sums + head * C + channel, tl.sum(dl * unit, 0), mask=channel < C)
+                at = sums + head * C + channel
+                before = tl.load(at, mask=(channel < C) & (token > first), other=0.0)
+                tl.store(at, before + tl.sum(dl * unit, 0), mask=channel < C)
                 mine = tl.where(of_head, a, mine)
+            tl.debug_barrier()  # other threads may read these sums in the next round
         else:
             mine = of_tokens(attention, token, N, BLOCK_TOKENS)
             dl = _grad_logits(
-                gained, mine, delta, grad_attention, logits, 0, token, N, all_logits,
+                gained, rest, mine, delta, grad_attention, logits, 0, token, N, all_logits,
                 attention_head, attention_token, attention_size, BLOCK_TOKENS,
             )  # fmt: skip
             sum_g += tl.sum(dl * unit, 0)
         if MINIMUM:
-            dv = mine * (slopes * slope)
+            dv = mine * slope  # times E
             sum_v += tl.sum(dv, 0)
             sum_x += tl.sum(dv * unit, 0)
             tie = (y == least) & (tl.arange(0, BLOCK_TOKENS) < N - token)[:, None] & (channel < C)[None, :]
@@ -131,8 +133,8 @@ def grad_logits(
         tl.store(sums + channel, sum_g, mask=there)
     if MINIMUM:
         moments += place * 4 * C
-        tl.store(moments + channel, sum_v, mask=there)
-        tl.store(moments + C + channel, sum_x, mask=there)
+        store_tile(moments, share * sum_v[None, :], 0, 0, 1, C, 0, 1, 1, BLOCK_CHANNELS)
+        store_tile(moments + C, share * sum_x[None, :], 0, 0, 1, C, 0, 1, 1, BLOCK_CHANNELS)
         tl.store(moments + 2 * C + channel, ties, mask=there)
         tl.store(moments + 3 * C + channel, sum_ties, mask=there)
 
@@ -150,7 +152,7 @@ def of_means(upstream, mean, C, gamma, BLOCK_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _delta(terms, attention, grad_attention, attention_token, size):
+def _delta(terms, rest, attention, grad_attention, attention_token, size):
     """Σ a da over all tokens."""
     at = tl.arange(0, 256)
     total = tl.zeros([256], tl.float32)
@@ -158,18 +160,18 @@ def _delta(terms, attention, grad_attention, attention_token, size):
         a = tl.load(attention + first + at, mask=at < size - first, other=0.0)
         to = grad_attention + (first + at).to(tl.int64) * attention_token
         total += a * tl.load(to, mask=at < size - first, other=0.0).to(tl.float32)
-    return tl.sum(tl.sum(terms, 1), 0) + tl.sum(total, 0)
+    return rest * tl.sum(tl.sum(terms, 1), 0) + tl.sum(total, 0)
 
 
 @triton.jit
 def _grad_logits(
-    gained, a, delta, grad_attention, logits, head, token, N, all_logits,
+    gained, rest, a, delta, grad_attention, logits, head, token, N, all_logits,
     attention_head, attention_token, attention_size, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """dL of the tokens from `token` on: (tokens, 1). Stores it, and what the head's channels have to say to it."""
     given = grad_attention + tl.cast(head, tl.int64) * attention_head
     logits += tl.cast(head, tl.int64) * N
-    da = tl.sum(gained, 1)[:, None]
+    da = rest * tl.sum(gained, 1)[:, None]
     store_tile(logits + all_logits, da, token, 0, N, 1, 1, 0, BLOCK_TOKENS, 1)
     da += load_tile(given, token, 0, attention_size, 1, attention_token, 0, BLOCK_TOKENS, 1).to(tl.float32)
     dl = a * (da - delta)
@@ -291,21 +293,20 @@ def backward(
         return grad_x, *grads
     kind, many, head_size = minimum_kind(gamma, channel_min), num_heads > 1, C // num_heads
     with on_device(x):
-        x = within_reach(x)
+        given, (x, tiling) = x, tiled(x, many, kind > 0)
         wq, wk = matrices(wq, wk)
         norms = norm_weight.contiguous(), norm_bias.contiguous()
         flags = {"MINIMUM": kind, "MANY": int(many)}
         heads = (C, num_heads, head_size)
         all_logits = B * num_heads * N
 
-        tiling = Tiling.of(C, x.stride(2) == 1 and not many, kind > 0)
-        chunks, chunk = tiling.chunks(N, many)
+        chunks, chunk = tiling.chunks(N)
         logits, sums = work(x, 2, B, num_heads, N), work(x, B, chunks, num_heads, C)
         moments = work(x, B, chunks, 4 * (kind > 0), C)
         tensors = (x, grad, first_of(grad_attention, logits), rows, vectors, minimum, *norms, logits, sums, moments)
-        given = (0, 0, 0) if grad_attention.numel() == 0 else grad_attention.stride()
+        strides = (0, 0, 0) if grad_attention.numel() == 0 else grad_attention.stride()
         sizes = (N, *heads, all_logits, chunks, chunk, N * (grad_attention.numel() > 0), gamma, eps)
-        launch(tiling.choice(grad_logits, **flags), B * chunks, *tensors, *sizes, *x.stride(), *grad.stride(), *given)
+        launch(tiling.choice(grad_logits, **flags), B * chunks, *tensors, *sizes, *x.stride(), *grad.stride(), *strides)
 
         sums, moments = few_chunks(sums), few_chunks(moments)
         queries, folded = work(x, B, C), work(x, B, num_heads, C)
@@ -329,8 +330,7 @@ def backward(
         launch(choice, blocks, *tensors, *results, *sizes, *grad.stride(), *wq.stride(), *strides)
 
         if wanted & 1:
-            chunks, chunk = tiling.chunks(N, False)
-            result = within_reach(grad_x)
+            result = grad_x if x is given else torch.empty_like(x)
             tensors = (x, grad, rows, vectors, minimum, *norms, logits, folded_moments, totals, grad_mean, result)
             sizes = (N, *heads, all_logits, chunks, chunk, programs, scale, gamma, eps)
             strides = (*x.stride(), *grad.stride(), *result.stride())

@@ -58,20 +58,21 @@ def direction(query, weight, scale, C, BLOCK_CHANNELS: tl.constexpr):
 
 
 #: BLOCK_CHANNELS → (BLOCK_TOKENS, warps): without a power, for contiguous tokens and one head, where small programs
-#: overlap best, and for the rest: of a feature map as many tokens as fill a sector are read at a time, and with several
-#: heads a tile is a chunk; with a power, which needs most registers. 32, 16 and 8 elements a thread.
+#: overlap best, and for the rest; with a power, which needs most registers. 32, 16 and 8 elements a thread.
 #: Each compiles without spills for sm_80, sm_90 and sm_100; none has been timed on a GPU yet.
 TILES = {
     128: ((32, 4), (32, 8), (16, 8)),
-    256: ((16, 4), (16, 8), (16, 16)),
-    512: ((8, 4), (16, 16), (8, 16)),
-    1024: ((8, 8), (8, 16), (4, 16)),
-    2048: ((4, 8), (4, 16), (2, 16)),
-    4096: ((2, 8), (2, 16), (1, 16)),
-    8192: ((1, 8), (1, 16), (1, 32)),
+    256: ((16, 4), (16, 8), (8, 8)),
+    512: ((8, 4), (8, 8), (4, 8)),
+    1024: ((8, 8), (8, 16), (2, 8)),
+    2048: ((4, 8), (4, 16), (1, 8)),
 }
-#: Tiles in a chunk, and up to how many chunks an image has, if tiles may be as many as are needed.
-CHUNK_TILES, MOST_CHUNKS = 6, 32
+#: Of more channels; those that no model has are left to spill.
+LARGEST = (1, 32)
+#: Tokens in a chunk, and up to how many chunks an image has.
+CHUNK_TOKENS, MOST_CHUNKS = 40, 32
+#: A feature map of which tiles have fewer tokens is copied: reading it would waste most of each sector.
+FEW_TOKENS = 8
 #: Offsets inside a tile have 32 bits.
 LONGEST_TILE = 2**31
 
@@ -87,14 +88,14 @@ class Tiling(NamedTuple):
     def of(channels: int, plain: bool, power: bool) -> Tiling:
         """plain: tokens are contiguous, and there is one head."""
         block = next((block for block in TILES if channels <= block), triton.next_power_of_2(channels))
-        tokens, warps = TILES[block][2 if power else 1 - plain] if block in TILES else (1, 32)
+        tokens, warps = TILES[block][2 if power else 1 - plain] if block in TILES else LARGEST
         return Tiling(tokens, block, warps)
 
-    def chunks(self, length: int, single: bool) -> tuple[int, int]:
-        """Their number, and how many tokens each has; single: of one tile each."""
+    def chunks(self, length: int, least: int = 0) -> tuple[int, int]:
+        """Their number, and how many tokens each has; least: at least so many chunks, if there are as many tiles."""
         tiles = triton.cdiv(length, self.block_tokens)
-        chunks = tiles if single else min(triton.cdiv(tiles, CHUNK_TILES), MOST_CHUNKS)
-        size = triton.cdiv(tiles, chunks)
+        chunks = min(triton.cdiv(length, max(CHUNK_TOKENS, self.block_tokens)), MOST_CHUNKS)
+        size = triton.cdiv(tiles, max(chunks, min(least, tiles)))
         return triton.cdiv(tiles, size), size * self.block_tokens
 
     def choice(self, kernel: object, **constexprs: int) -> Choice:
@@ -102,9 +103,15 @@ class Tiling(NamedTuple):
         return Choice(kernel, {**constexprs, **blocks}, self.num_warps, 1)
 
 
-def within_reach(x: Tensor) -> Tensor:
-    """(B, N, C) as it is, or a copy, if a tile of it spans more than offsets of 32 bits do."""
-    return x if 32 * x.stride(1) + 2 * x.shape[2] * x.stride(2) < LONGEST_TILE else x.contiguous()
+def tiled(x: Tensor, many: bool, power: bool) -> tuple[Tensor, Tiling]:
+    """x (B, N, C), or a copy of it, and its tiling."""
+    C = x.shape[2]
+    plain = not many and x.stride(2) == 1
+    tiling = Tiling.of(C, plain, power)
+    wasteful = x.stride(2) != 1 and tiling.block_tokens < FEW_TOKENS
+    if wasteful or 32 * x.stride(1) + 2 * C * x.stride(2) >= LONGEST_TILE:
+        return x.contiguous(), Tiling.of(C, not many, power)
+    return x, tiling
 
 
 def minimum_kind(gamma: float, channel_min: int) -> int:
@@ -145,12 +152,15 @@ def samples() -> Iterator[tuple[int, str, bool, int, str, str]]:
     """
     for size in TILES:
         for many in (False, True):
-            yield size, "tokens", many, 0, "bf16", "fp32"
-        yield size, "tokens", size in (256, 1024), 2, "bf16", "fp32"
-    for size in (128, 512, 2048):
-        yield size, "map", False, 0, "bf16", "fp32"
-        yield size, "map", False, 2, "bf16", "fp32"
-    yield 512, "tokens", True, 2, "bf16", "fp32"
+            for kind in (0, 2):
+                yield size, "tokens", many, kind, "bf16", "fp32"
+    for size, (_, (others, _), (power, _)) in TILES.items():
+        if others >= FEW_TOKENS:
+            yield size, "map", False, 0, "bf16", "fp32"
+        if power >= FEW_TOKENS:
+            yield size, "map", True, 2, "bf16", "fp32"
+    yield 4096, "tokens", False, 0, "bf16", "fp32"
+    yield 4096, "tokens", False, 2, "bf16", "fp32"
     yield 512, "tokens", False, 1, "bf16", "fp32"
     for kind in (0, 2):
         yield 512, "tokens", False, kind, "fp32", "fp32"
@@ -158,7 +168,7 @@ def samples() -> Iterator[tuple[int, str, bool, int, str, str]]:
     yield 512, "tokens", False, 0, "fp16", "fp16"
     yield 128, "odd width", False, 2, "fp32", "fp32"
     yield 512, "odd width", False, 2, "bf16", "fp32"
-    yield 512, "strided", True, 2, "bf16", "fp32"
+    yield 512, "strided", True, 0, "bf16", "fp32"
     yield 128, "single", False, 0, "bf16", "fp32"
 
 
