@@ -178,9 +178,12 @@ def _least(minima, size):
 def _least_of_channels(minima, size, C, BLOCK_CHANNELS: tl.constexpr):
     channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
     least = tl.full([1, BLOCK_CHANNELS], float("inf"), tl.float32)
-    for i in range(0, size):
-        least = tl.minimum(least, tl.load(minima + (i * C + channel), mask=channel < C, other=0.0))
-    return least
+    for first in range(0, size, 8):
+        for i in tl.static_range(8):
+            here = (channel < C) & (first + i < size)
+            value = tl.load(minima + ((first + i) * C + channel), mask=here, other=float("inf"))
+            least = tl.minimum(least, value)
+    return tl.where(channel < C, least, 0.0)
 
 
 @triton.jit
@@ -221,7 +224,7 @@ def finish(
         factor = tl.exp2((logit - top[None, :]) * LOG2E)
         share += factor * tl.load(statistics + all_statistics + at, mask=here, other=0.0)
         chunk = (first + tl.arange(0, BLOCK_CHUNKS))[:, None]
-        at = chunk * C + channel[None, :]
+        at = chunk.to(tl.int64) * C + channel[None, :]
         total += factor * tl.load(pooled + at, mask=(chunk < chunks) & there[None, :], other=0.0)
     z = tl.sum(share, 0)
     if is_head:
@@ -257,7 +260,7 @@ MOST_MINIMA = 4096
 
 
 def finish_choice(power: bool) -> Choice:
-    return Choice(finish, {"POWER": int(power), "BLOCK_CHUNKS": 8, "BLOCK": 128}, 4, 1)
+    return Choice(finish, {"POWER": int(power), "BLOCK_CHUNKS": 16, "BLOCK": 128}, 4, 1)
 
 
 def forward(
@@ -280,7 +283,7 @@ def forward(
     kind, many = minimum_kind(gamma, channel_min), num_heads > 1
     out, attention = x.new_empty((B, C)), x.new_empty((B, num_heads, N))
     rows, vectors = work(x, B, 2 + 2 * num_heads, N), work(x, B, 3 + num_heads, C)
-    minimum = work(x, *((), (1,), (B, C))[kind]) if kind else work(x, 0)
+    minimum = work(x, B, C) if kind == 2 else work(x, kind)
     if B == 0:
         return out, attention, rows, vectors, minimum.zero_()
     with on_device(x):
@@ -333,13 +336,12 @@ def _configurations() -> Iterator[Configuration]:
     for one in samples():
         _, _, many, kind, dtype, _ = one
         tiling, types, heads, norms, text = sample(*one)
-        if not many:
-            yield configuration(
-                tiling.choice(token_statistics, MINIMUM=kind),
-                text,
-                f"*{dtype}:16 {norms} {kept} {kept} {kept}",
-                f"{types.N} {types.C} i32 i32 i32 fp32 {types.x}",
-            )
+        yield configuration(
+            tiling.choice(token_statistics, MINIMUM=kind),
+            text,
+            f"*{dtype}:16 {norms} {kept} {kept} {kept}",
+            f"{types.N} {types.C} i32 i32 i32 fp32 {types.x}",
+        )
         yield configuration(
             tiling.choice(attend, MINIMUM=kind, MANY=int(many)),
             text,
