@@ -195,48 +195,63 @@ def grad_parameters(
         store_tile(grad_mean, dmean, i, j, B, C, C, 1, IMAGES, OUTPUTS)
     elif part < blocks:
         i = part * OUTPUTS
-        dw = product(queries, vectors, i, j, C, C, B, 1, C, stride, 1, OUTPUTS, OUTPUTS, BLOCK_DEPTH)
-        store_tile(grad_query, dw, i, j, C, C, grad_query_row, grad_query_column, OUTPUTS, OUTPUTS)
+        dwq = product(queries, vectors, i, j, C, C, B, 1, C, stride, 1, OUTPUTS, OUTPUTS, BLOCK_DEPTH)
+        store_tile(grad_query, dwq, i, j, C, C, grad_query_row, grad_query_column, OUTPUTS, OUTPUTS)
     elif part < blocks + num_heads * head_blocks:
         head = (part - blocks) // head_blocks
         i = (part - blocks) % head_blocks * OUTPUTS
-        dw = product(
+        dwk = product(
             vectors + (C + head * head_size), folded + head * C, i, j, head_size, C, B,
             1, stride, num_heads * C, 1, OUTPUTS, OUTPUTS, BLOCK_DEPTH,
         )  # fmt: skip
-        dw *= scale * load_tile(norm_weight, 0, j, 1, C, 0, 1, 1, OUTPUTS).to(tl.float32)
+        dwk *= scale * load_tile(norm_weight, 0, j, 1, C, 0, 1, 1, OUTPUTS).to(tl.float32)
         to = grad_key + (head * head_size).to(tl.int64) * grad_key_row
-        store_tile(to, dw, i, j, head_size, C, grad_key_row, grad_key_column, OUTPUTS, OUTPUTS)
+        store_tile(to, dwk, i, j, head_size, C, grad_key_row, grad_key_column, OUTPUTS, OUTPUTS)
     else:
-        dq = tl.zeros([BLOCK_DEPTH, OUTPUTS], tl.float32)
-        dw = tl.zeros([BLOCK_DEPTH, OUTPUTS], tl.float32)
-        db = tl.zeros([BLOCK_DEPTH, OUTPUTS], tl.float32)
-        if MINIMUM == 1:
-            tau = tie_share(totals, total_size)
-        for i in range(0, B, BLOCK_DEPTH):
-            dq += load_tile(queries, i, j, B, C, C, 1, BLOCK_DEPTH, OUTPUTS)
-            if MINIMUM:
-                v = load_tile(moments, i, j, B, C, 4 * C, 1, BLOCK_DEPTH, OUTPUTS)
-                ties = load_tile(moments + 2 * C, i, j, B, C, 4 * C, 1, BLOCK_DEPTH, OUTPUTS)
-                if MINIMUM == 2:
-                    tau = -v / tl.maximum(ties, 1.0)
-                dw += load_tile(moments + C, i, j, B, C, 4 * C, 1, BLOCK_DEPTH, OUTPUTS)
-                dw += tau * load_tile(moments + 3 * C, i, j, B, C, 4 * C, 1, BLOCK_DEPTH, OUTPUTS)
-                db += v + tau * ties
-            else:
-                g = load_tile(grad, i, j, B, C, grad_image, grad_channel, BLOCK_DEPTH, OUTPUTS).to(tl.float32)
-                dw += g * load_tile(vectors + 2 * C, i, j, B, C, stride, 1, BLOCK_DEPTH, OUTPUTS)
-                db += g
-            for head in range(0, num_heads):
-                u = load_tile(vectors + (3 + head) * C, i, j, B, C, stride, 1, BLOCK_DEPTH, OUTPUTS)
-                g = load_tile(folded + head * C, i, j, B, C, num_heads * C, 1, BLOCK_DEPTH, OUTPUTS)
-                dw += scale * u * g
-        _store_sum(grad_bias, dq, j, bias_size, OUTPUTS)
-        _store_sum(grad_norm_weight, dw, j, C, OUTPUTS)
-        _store_sum(grad_norm_bias, db, j, C, OUTPUTS)
+        _grad_vectors(
+            grad, vectors, queries, folded, moments, totals, grad_bias, grad_norm_weight, grad_norm_bias, grad_beta,
+            j, B, C, num_heads, total_size, bias_size, beta_size, scale, grad_image, grad_channel,
+            MINIMUM, OUTPUTS, IMAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _grad_vectors(
+    grad, vectors, queries, folded, moments, totals, grad_bias, grad_norm_weight, grad_norm_bias, grad_beta,
+    j, B, C, num_heads, total_size, bias_size, beta_size, scale, grad_image, grad_channel,
+    MINIMUM: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,  # images at a time
+):  # fmt: skip
+    """Channels j … of what is learned of them: sums over images, some at a time."""
+    stride = (3 + num_heads) * C
+    dq = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    dw = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    db = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    if MINIMUM == 1:
+        tau = tie_share(totals, total_size)
+    for i in range(0, B, ROWS):
+        dq += load_tile(queries, i, j, B, C, C, 1, ROWS, OUTPUTS)
         if MINIMUM:
-            dbeta = total_of(totals + 2 * total_size, total_size)
-            tl.store(grad_beta, dbeta.to(grad_beta.dtype.element_ty), mask=(beta_size > 0) & (j == 0))
+            v = load_tile(moments, i, j, B, C, 4 * C, 1, ROWS, OUTPUTS)
+            ties = load_tile(moments + 2 * C, i, j, B, C, 4 * C, 1, ROWS, OUTPUTS)
+            if MINIMUM == 2:
+                tau = -v / tl.maximum(ties, 1.0)
+            dw += load_tile(moments + C, i, j, B, C, 4 * C, 1, ROWS, OUTPUTS)
+            dw += tau * load_tile(moments + 3 * C, i, j, B, C, 4 * C, 1, ROWS, OUTPUTS)
+            db += v + tau * ties
+        else:
+            g = load_tile(grad, i, j, B, C, grad_image, grad_channel, ROWS, OUTPUTS).to(tl.float32)
+            dw += g * load_tile(vectors + 2 * C, i, j, B, C, stride, 1, ROWS, OUTPUTS)
+            db += g
+        for head in range(0, num_heads):
+            u = load_tile(vectors + (3 + head) * C, i, j, B, C, stride, 1, ROWS, OUTPUTS)
+            g = load_tile(folded + head * C, i, j, B, C, num_heads * C, 1, ROWS, OUTPUTS)
+            dw += scale * u * g
+    _store_sum(grad_bias, dq, j, bias_size, OUTPUTS)
+    _store_sum(grad_norm_weight, dw, j, C, OUTPUTS)
+    _store_sum(grad_norm_bias, db, j, C, OUTPUTS)
+    if MINIMUM:
+        dbeta = total_of(totals + 2 * total_size, total_size)
+        tl.store(grad_beta, dbeta.to(grad_beta.dtype.element_ty), mask=(beta_size > 0) & (j == 0))
 
 
 @triton.jit
