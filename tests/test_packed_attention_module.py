@@ -266,6 +266,7 @@ CALLS = {
     "packed": lambda m, x, keep: m(fastssl.pack([x, x[0]])).values,
     "packed mask": lambda m, x, keep: m(fastssl.pack(x, keep)).unpack(),
     "rows": lambda m, x, keep: m.attention_rows(x, (0,), keep),
+    "packed rows": lambda m, x, keep: torch.cat(m.attention_rows(fastssl.pack([x, x[:, 1:]]), [0, 2]), -1),
 }
 
 

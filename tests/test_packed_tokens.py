@@ -86,6 +86,17 @@ def test_a_mask_of_any_strides():
     assert torch.equal(fastssl.pack(x.transpose(0, 1), keep.T).values, x.transpose(0, 1)[keep.T])
 
 
+def test_with_num_kept_no_value_is_read():
+    """Meta tensors have none: what would wait for a device fails on them."""
+    x, keep = torch.empty(3, 5, 4, device="meta"), torch.empty(3, 5, dtype=torch.bool, device="meta")
+    packed = fastssl.pack(x, keep, 7)
+    assert packed.values.shape == (7, 4)
+    assert packed.cu_seqlens.shape == (4,)
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert (packed.lengths, packed.max_seqlen) == (None, 5)
+    assert packed.unpack().shape == x.shape
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_waits_for_a_gpu():

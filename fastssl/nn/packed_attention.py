@@ -26,8 +26,8 @@ class PackedAttention(nn.Module):
 
     With `keep`, attention goes among the kept tokens of each image (`fastssl.masked_attention`) and dropped tokens come
     back as zeros, without proj's bias, so that a residual stream leaves them as they are. Packed tokens attend within
-    their sequence (`fastssl.packed_attention`). What is dropped by `keep` still goes through both projections; pack
-    (`fastssl.pack(x, keep)`) to save them too. No dropout.
+    their sequence (`fastssl.packed_attention`). What is dropped by `keep` still goes through both projections, and has
+    to be finite: pack (`fastssl.pack(x, keep)`) to save that too. No dropout.
 
     Args:
         dim: C, the number of channels.
