@@ -10,17 +10,20 @@ from fastssl.ops.sample_tokens import sample_tokens
 from fastssl.ops.self_relation import self_relation
 from fastssl.ops.self_relation_loss import self_relation_loss
 from fastssl.ops.simpool import simpool
+from fastssl.packed_tokens import PackedTokens, pack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "PackedTokens",
     "__version__",
     "attention_overlay",
     "explain",
     "gram_loss",
     "masked_attention",
     "nn",
+    "pack",
     "packed_attention",
     "sample_tokens",
     "self_relation",

@@ -21,12 +21,16 @@ def call(device="cpu", dtype=torch.float32, other=None, grad=False, rows=196, co
     return Call("self_relation", device, dtypes, grad, {"rows": rows, "columns": columns, "depth": depth})
 
 
-def refusals(backend, monkeypatch, built=True, **facts):
-    """The reasons against a call on a machine where everything is installed (or, with built=False, nothing)."""
+def pretend(built, monkeypatch):
+    """A machine where everything is installed or, with built=False, nothing."""
     why = None if built else "not built here"
     monkeypatch.setattr(_library, "why_not", why)
     monkeypatch.setattr(_library, "why_no_cuda", why)
     monkeypatch.setattr(kernels, "_installed", built)
+
+
+def refusals(backend, monkeypatch, built=True, **facts):
+    pretend(built, monkeypatch)
     return reasons_against(OPS["self_relation"].backend(backend), call(**facts))
 
 
@@ -108,10 +112,7 @@ OTHERS_MUST_REFUSE += [
 
 
 def other_reasons(op, backend, device, dtype, grad, built, monkeypatch):
-    why = None if built else "not built here"
-    monkeypatch.setattr(_library, "why_not", why)
-    monkeypatch.setattr(_library, "why_no_cuda", why)
-    monkeypatch.setattr(kernels, "_installed", built)
+    pretend(built, monkeypatch)
     names, sizes = {
         "self_relation_loss": (("student", "teacher"), LOSS_SIZES),
         "sample_tokens": (("x", "grid"), SAMPLING_SIZES),
@@ -119,6 +120,68 @@ def other_reasons(op, backend, device, dtype, grad, built, monkeypatch):
     }[op]
     made = Call(op, device, tuple((name, dtype) for name in names), grad, sizes)
     return reasons_against(OPS[op].backend(backend), made)
+
+
+ATTENTIONS = ("masked_attention", "packed_attention")
+#: (backend, facts), and why not. The facts are those of `attention_reasons`.
+ATTENTION_MUST_ACCEPT = [
+    *(("cpp", dict(dtypes=(dtype,) * 3, depth=33)) for dtype in _backends.FLOATING),
+    *(("triton", dict(device="cuda", dtypes=(dtype,) * 3)) for dtype in _backends.HALF_AND_SINGLE),
+    *(("triton", dict(device="cuda", depth=depth)) for depth in (16, 24, 40, 64, 72, 96, 128)),
+    ("cpp", dict(depth=1)),
+    ("cpp", dict(depth=1024, tokens=100_000, grad=False)),
+    ("cpp", dict(tokens=0)),
+    ("triton", dict(device="cuda", tokens=0, grad=False)),
+    ("triton", dict(device="cuda", tokens=100_000)),
+    ("reference", dict(device="mps", dtypes=(torch.float16, torch.float32, torch.float64), depth=33)),
+]
+ATTENTION_MUST_REFUSE = [
+    ("cpp", dict(device="cuda"), "takes tensors on cpu, got cuda"),
+    ("cpp", dict(device="mps"), "takes tensors on cpu, got mps"),
+    ("cpp", dict(device="meta"), "takes tensors on cpu, got meta"),
+    ("cpp", dict(built=False), "not built here"),
+    (
+        "cpp",
+        dict(dtypes=(torch.float32, torch.float32, torch.float64)),
+        "takes q, k and v of one dtype, got float32, float32, float64",
+    ),
+    (
+        "triton",
+        dict(device="cuda", dtypes=(torch.bfloat16, torch.float16, torch.float16)),
+        "takes q, k and v of one dtype, got bfloat16, float16, float16",
+    ),
+    *(
+        ("triton", dict(device="cuda", depth=depth), f"widths from 16 to 128 that are multiples of 8, got {depth}")
+        for depth in (8, 33, 100, 136)
+    ),
+    (
+        "triton",
+        dict(device="cuda", dtypes=(torch.float64,) * 3),
+        "takes v of dtype float32, bfloat16, float16, got float64",
+    ),
+    ("triton", dict(device="mps"), "takes tensors on cuda or cpu, got mps"),
+    ("triton", dict(device="cuda", built=False), "triton is not installed"),
+]
+
+
+def attention_reasons(
+    op, backend, monkeypatch, device="cpu", dtypes=(torch.float32,) * 3, grad=True, depth=64, tokens=197, built=True
+):
+    pretend(built, monkeypatch)
+    made = Call(op, device, tuple(zip("qkv", dtypes, strict=True)), grad, {"tokens": tokens, "depth": depth})
+    return reasons_against(OPS[op].backend(backend), made)
+
+
+@pytest.mark.parametrize("op", ATTENTIONS)
+@pytest.mark.parametrize(("backend", "facts"), ATTENTION_MUST_ACCEPT)
+def test_attentions_must_accept(op, backend, facts, monkeypatch):
+    assert attention_reasons(op, backend, monkeypatch, **facts) == []
+
+
+@pytest.mark.parametrize("op", ATTENTIONS)
+@pytest.mark.parametrize(("backend", "facts", "reason"), ATTENTION_MUST_REFUSE)
+def test_attentions_must_refuse(op, backend, facts, reason, monkeypatch):
+    assert reason in "; ".join(attention_reasons(op, backend, monkeypatch, **facts))
 
 
 @pytest.mark.parametrize(("op", "backend", "device", "dtype", "grad"), OTHERS_MUST_ACCEPT)

@@ -19,4 +19,5 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, sca
     for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         heads = [x.transpose(0, 1)[None] for x in part]
         outputs.append(masked_attention(heads[0], heads[1], heads[2], None, scale=scale)[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+    # No sequence: nothing, but of all three, so that each has a gradient.
+    return torch.cat(outputs) if outputs else (q + k + v).to(q.dtype)
