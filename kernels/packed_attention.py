@@ -71,13 +71,19 @@ def attention_rows(
                 TAIL, INNER, INNER, DEPTH, SLICE, INDEXED,
             )  # fmt: skip
         if INDEXED:
-            if row + BLOCK > count:
-                at = row + tl.arange(0, BLOCK)
-                dropped = (at >= count) & (at < rows)
-                token = tl.load(order + at, mask=dropped, other=0)
-                zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
-                store_rows(out, zeros, token, dropped, depth_units * 8, heads * depth_units, DEPTH)
-                tl.store(lse + token, tl.zeros([BLOCK], tl.float32), mask=dropped)
+            _drop(out, lse, order, row, count, rows, heads, depth_units, BLOCK, DEPTH)
+
+
+@triton.jit
+def _drop(out, lse, order, row, count, rows, heads, depth_units, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """Zeros for those of a block's rows that are dropped."""
+    if row + BLOCK > count:
+        at = row + tl.arange(0, BLOCK)
+        dropped = (at >= count) & (at < rows)
+        token = tl.load(order + at, mask=dropped, other=0)
+        zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
+        store_rows(out, zeros, token, dropped, depth_units * 8, heads * depth_units, DEPTH)
+        tl.store(lse + token, tl.zeros([BLOCK], tl.float32), mask=dropped)
 
 
 @triton.jit
@@ -137,10 +143,7 @@ def _step(
         s *= sign
     # The scale is applied with the shift, in one multiply-add. Masked are maximum and exponentials, not the logits,
     # because −∞ · 0 is not a number.
-    if MASKED:
-        peak = tl.max(tl.where(here[None, :], s, float("-inf")), 1)
-    else:
-        peak = tl.max(s, 1)
+    peak = tl.max(tl.where(here[None, :], s, float("-inf")) if MASKED else s, 1)
     higher = tl.maximum(top, peak * scale_log2)
     p = tl.exp2(s * scale_log2 - higher[:, None])
     if MASKED:
@@ -155,10 +158,10 @@ def _step(
 ROWS = {
     ("few", 32): (32, 16, 32, 16, 2, 2),
     ("few", 64): (32, 16, 32, 16, 2, 2),
-    ("many", 32): (64, 16, 64, 16, 4, 3),
+    ("many", 32): (64, 16, 64, 16, 4, 2),
     ("many", 64): (64, 16, 64, 16, 4, 3),
     ("many", 128): (64, 16, 64, 16, 4, 2),
-    ("exact", 32): (32, 16, 16, 16, 4, 1),
+    ("exact", 32): (32, 16, 16, 16, 2, 1),
     ("exact", 64): (32, 16, 16, 16, 4, 1),
     ("exact", 128): (32, 16, 16, 16, 8, 1),
 }
@@ -180,9 +183,7 @@ def forward(
     return out, lse
 
 
-def write_rows(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sequences: Sequences, scale: float
-) -> None:
+def write_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sequences: Sequences, scale: float) -> None:
     """Launches attention_rows."""
     if out.numel() == 0:
         return

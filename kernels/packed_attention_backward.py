@@ -86,15 +86,20 @@ def attention_grad_queries(
                 q_row, k_row, v_row, grad_row, out_row, TAIL, INNER, INNER, DEPTH, SLICE, INDEXED,
             )  # fmt: skip
         if INDEXED:
-            if row + BLOCK > count:
-                at = row + tl.arange(0, BLOCK)
-                dropped = (at >= count) & (at < rows)
-                token = tl.load(order + at, mask=dropped, other=0)
-                zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
-                one = heads * depth_units
-                for which in tl.static_range(3):
-                    to = result + tl.cast(one, tl.int64) * (which * 8)
-                    store_rows(to, zeros, token, dropped, depth_units * 8, 3 * one, DEPTH)
+            _drop(result, order, row, count, rows, heads * depth_units, depth_units, BLOCK, DEPTH)
+
+
+@triton.jit
+def _drop(result, order, row, count, rows, one, depth_units, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """Zeros for those of a block's rows that are dropped."""
+    if row + BLOCK > count:
+        at = row + tl.arange(0, BLOCK)
+        dropped = (at >= count) & (at < rows)
+        token = tl.load(order + at, mask=dropped, other=0)
+        zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
+        for which in tl.static_range(3):
+            part = result + tl.cast(one, tl.int64) * (which * 8)
+            store_rows(part, zeros, token, dropped, depth_units * 8, 3 * one, DEPTH)
 
 
 @triton.jit
@@ -105,22 +110,22 @@ def _whole_sequence(
     """All gradients of a sequence of at most BLOCK rows, in 16 bits."""
     depth = depth_units * 8
     token, there = tokens_of(order, begin, 0, count, BLOCK, INDEXED)
-    g = load_rows(grad, token, there, depth, grad_row, 0, DEPTH)
-    o = load_rows(out, token, there, depth, out_row, 0, DEPTH)
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    l = tl.load(lse + token, mask=there, other=0.0) * LOG2E
     x = load_rows(q, token, there, depth, q_row, 0, DEPTH)
     y = load_rows(k, token, there, depth, k_row, 0, DEPTH)
-    z = load_rows(v, token, there, depth, v_row, 0, DEPTH)
+    g = load_rows(grad, token, there, depth, grad_row, 0, DEPTH)
+    l = tl.load(lse + token, mask=there, other=0.0) * LOG2E
     zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
     square = tl.zeros([BLOCK, BLOCK], tl.float32)
     p = tl.exp2(multiply(x, tl.trans(y), square, False) * scale_log2 - l[:, None])
     p = tl.where(there[None, :], p, 0.0)
-    ds = (p * (multiply(g, tl.trans(z), square, False) - d[:, None])).to(x.dtype)
     one = heads * depth_units
     part = tl.cast(one, tl.int64) * 8
     dv = multiply(tl.trans(p.to(x.dtype)), g, zeros, False)
     store_rows(result + part * 2, dv, token, there, depth, 3 * one, DEPTH)
+    z = load_rows(v, token, there, depth, v_row, 0, DEPTH)
+    o = load_rows(out, token, there, depth, out_row, 0, DEPTH)
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    ds = (p * (multiply(g, tl.trans(z), square, False) - d[:, None])).to(x.dtype)
     dq = multiply(ds, y, zeros, False)
     store_rows(result, dq * scale, token, there, depth, 3 * one, DEPTH)
     dk = multiply(tl.trans(ds), x, zeros, False)
@@ -252,9 +257,8 @@ def _keys(
     dk = tl.zeros([BLOCK, DEPTH], tl.float32)
     dv = tl.zeros([BLOCK, DEPTH], tl.float32)
     large = count
-    if INNER_TAIL < INNER:
-        if count % INNER <= INNER // 2:
-            large = count // INNER * INNER
+    if count % INNER <= (INNER // 2 if INNER_TAIL < INNER else 0):
+        large = count // INNER * INNER
     for row in range(0, large, INNER):
         dk, dv = _add_queries(
             k, y, v, z, token, there, q, grad, lse, delta, order, begin, row, count, depth, dk, dv, scale_log2,
@@ -295,19 +299,19 @@ def _add_queries(
 #: See `choose` in _attention.py.
 QUERIES = {
     ("many", 32): (64, 16, 64, 16, 4, 2),
-    ("many", 64): (64, 16, 64, 16, 4, 2),
-    ("many", 128): (64, 16, 32, 16, 4, 2),
-    ("exact", 32): (32, 16, 16, 16, 4, 1),
-    ("exact", 64): (32, 16, 16, 16, 4, 1),
+    ("many", 64): (64, 16, 32, 16, 4, 2),
+    ("many", 128): (64, 16, 32, 16, 8, 2),
+    ("exact", 32): (16, 16, 16, 16, 4, 1),
+    ("exact", 64): (16, 16, 16, 16, 4, 1),
     ("exact", 128): (32, 16, 16, 16, 8, 1),
 }
 KEYS = {
     ("many", 32): (64, 16, 64, 16, 4, 2),
-    ("many", 64): (64, 16, 64, 16, 4, 2),
-    ("many", 128): (64, 16, 32, 16, 4, 2),
+    ("many", 64): (64, 16, 32, 16, 4, 2),
+    ("many", 128): (64, 16, 32, 16, 8, 2),
     ("exact", 32): (32, 16, 16, 16, 4, 1),
     ("exact", 64): (32, 16, 16, 16, 4, 1),
-    ("exact", 128): (32, 16, 16, 16, 8, 1),
+    ("exact", 128): (16, 16, 16, 16, 4, 1),
 }
 
 
