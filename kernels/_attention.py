@@ -27,6 +27,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 #: Head widths and strides are counted in so many elements: 16 bytes or more, which the compiler then knows.
 UNIT = 8
 
+#: A hint of max_seqlen may be far too large, and more programs than this per launch help nobody.
+MOST_PROGRAMS = 2**24
+
 
 @triton.jit
 def locate(lengths, order, sequence, rows, per_image, INDEXED: tl.constexpr):
@@ -40,7 +43,7 @@ def locate(lengths, order, sequence, rows, per_image, INDEXED: tl.constexpr):
         begin = tl.load(lengths + sequence, mask=per_image == 0, other=0)
         end = tl.load(lengths + sequence + 1, mask=per_image == 0, other=rows)
         begin = tl.minimum(tl.maximum(begin, 0), rows)
-        count = tl.maximum(tl.minimum(end, rows) - begin, 0)
+        count = tl.minimum(tl.maximum(end, begin), rows) - begin
         image *= per_image
     return image, begin, count, order
 
@@ -132,9 +135,10 @@ class Sequences(NamedTuple):
         unused = unused.view(torch.int32)
         return unused if self.lengths is None else self.lengths, unused if self.order is None else self.order
 
-    def blocks(self, choice: Choice) -> int:
-        """How many programs share the rows of a (sequence, head)."""
-        return max(triton.cdiv(self.longest, choice.constexprs["BLOCK"]), 1)
+    def blocks(self, choice: Choice, heads: int) -> int:
+        """How many programs share the rows of a (sequence, head); no more than there may be in a launch."""
+        wanted = triton.cdiv(self.longest, choice.constexprs["BLOCK"])
+        return max(min(wanted, MOST_PROGRAMS // max(self.number * heads, 1)), 1)
 
 
 #: Up to this length, blocks of 64 rows would be mostly padding.
@@ -156,4 +160,6 @@ def choose(kernel: Any, table: dict[Any, Any], longest: int, depth: int, exact: 
     few = longest <= FEW and ("few", width) in table
     block, tail, inner, inner_tail, warps, stages = table[("exact" if exact else "few" if few else "many", width)]
     blocks = {"BLOCK": block, "TAIL": tail, "INNER": inner, "INNER_TAIL": inner_tail}
+    # An index is read one stage ahead of the rows that it names.
+    stages += indexed and stages > 1
     return Choice(kernel, {**blocks, "DEPTH": width, "SLICE": 16 * exact, "INDEXED": indexed}, warps, stages)

@@ -190,7 +190,7 @@ def write_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sequen
     heads, depth = q.shape[1], q.shape[-1]
     views = [Rows.of(x) for x in (q, k, v)]
     choice = rows_choice(sequences.longest, depth, q.dtype == torch.float32, sequences.indexed)
-    blocks = sequences.blocks(choice)
+    blocks = sequences.blocks(choice, heads)
     launch(
         choice, sequences.number * heads * blocks, *(view.tensor for view in views), *sequences.tensors(lse), out, lse,
         sequences.rows, heads, depth // 8, blocks, int(sequences.lengths is None), math.copysign(1.0, scale),

@@ -30,6 +30,7 @@ from fastssl.kernels._attention import (
     locate,
     store_rows,
     tokens_of,
+    width_of,
 )
 from fastssl.kernels.common import Choice, Configuration, configuration, launch, multiply, on_device
 from torch import Tensor
@@ -52,6 +53,7 @@ def attention_grad_queries(
     v_image, v_head, v_row,
     grad_image, grad_head, grad_row,
     out_image, out_head, out_row,
+    SHORT: tl.constexpr,  # sequences of so many rows, BLOCK or 0, are done as a whole
     BLOCK: tl.constexpr, TAIL: tl.constexpr, INNER: tl.constexpr, INNER_TAIL: tl.constexpr, DEPTH: tl.constexpr,
     SLICE: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +71,7 @@ def attention_grad_queries(
     result += (image * rows * 3 * heads + head) * depth_units * 8
     first = tl.program_id(0) % blocks * BLOCK
     for row in tl.range(first, rows if INDEXED else count, blocks * BLOCK, disable_licm=True):
-        if SLICE == 0 and count <= BLOCK:
+        if SHORT > 0 and count <= SHORT:
             if row < count:
                 _whole_sequence(
                     q, k, v, grad, out, order, lse, result, begin, count, heads, depth_units, scale, scale_log2,
@@ -298,30 +300,33 @@ def _add_queries(
 
 #: See `choose` in _attention.py.
 QUERIES = {
-    ("many", 32): (64, 16, 64, 16, 4, 2),
+    ("many", 32): (64, 16, 32, 16, 4, 2),
     ("many", 64): (64, 16, 32, 16, 4, 2),
-    ("many", 128): (64, 16, 32, 16, 8, 2),
+    ("many", 128): (64, 16, 32, 16, 4, 2),
     ("exact", 32): (16, 16, 16, 16, 4, 1),
-    ("exact", 64): (16, 16, 16, 16, 4, 1),
-    ("exact", 128): (32, 16, 16, 16, 8, 1),
+    ("exact", 64): (32, 16, 16, 16, 2, 1),
+    ("exact", 128): (16, 16, 16, 16, 8, 1),
 }
 KEYS = {
     ("many", 32): (64, 16, 64, 16, 4, 2),
     ("many", 64): (64, 16, 32, 16, 4, 2),
     ("many", 128): (64, 16, 32, 16, 8, 2),
-    ("exact", 32): (32, 16, 16, 16, 4, 1),
+    ("exact", 32): (32, 16, 16, 16, 2, 1),
     ("exact", 64): (32, 16, 16, 16, 4, 1),
     ("exact", 128): (16, 16, 16, 16, 4, 1),
 }
 
 
 def queries_choice(longest: int, depth: int, exact: bool, indexed: int) -> Choice:
-    return choose(attention_grad_queries, QUERIES, longest, depth, exact, indexed)
+    choice = choose(attention_grad_queries, QUERIES, longest, depth, exact, indexed)
+    # All tiles of a sequence at once fit in the registers up to a depth of 64, in 16 bits.
+    short = 0 if exact or width_of(depth) > 64 else choice.constexprs["BLOCK"]
+    return choice._replace(constexprs={"SHORT": short, **choice.constexprs})
 
 
 def keys_choice(longest: int, depth: int, exact: bool, indexed: int) -> Choice:
     choice = choose(attention_grad_keys, KEYS, longest, depth, exact, indexed)
-    short = 0 if exact else queries_choice(longest, depth, exact, indexed).constexprs["BLOCK"]
+    short = queries_choice(longest, depth, exact, indexed).constexprs["SHORT"]
     return choice._replace(constexprs={"SHORT": short, **choice.constexprs})
 
 
@@ -350,16 +355,13 @@ def write_gradients(
     delta = torch.empty_like(lse)
     views = [Rows.of(x) for x in (q, k, v, grad, out)]
     about = (sequences.longest, depth, q.dtype == torch.float32, sequences.indexed)
-    for choice, used, between in (
-        (queries_choice(*about), views, (lse, delta, result)),
-        (keys_choice(*about), views[:4], (lse, delta, result)),
-    ):
-        if sequences.rows <= choice.constexprs.get("SHORT", 0):
+    for choice, used in ((queries_choice(*about), views), (keys_choice(*about), views[:4])):
+        if choice.kernel is attention_grad_keys and sequences.rows <= choice.constexprs["SHORT"]:
             continue
-        blocks = sequences.blocks(choice)
+        blocks = sequences.blocks(choice, heads)
         launch(
             choice, sequences.number * heads * blocks, *(view.tensor for view in used), *sequences.tensors(lse),
-            *between, sequences.rows, heads, depth // 8, blocks, int(sequences.lengths is None), scale,
+            lse, delta, result, sequences.rows, heads, depth // 8, blocks, int(sequences.lengths is None), scale,
             scale * math.log2(math.e), *(stride for view in used for stride in view.strides),
         )  # fmt: skip
 

@@ -116,7 +116,9 @@ def test_the_hint_may_be_wrong(dtype, hint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("numbers", [(-7, 40, 20, 10**6), (-(2**31), 2**31 - 1), (45, 60, 50), (0, 50, 0, 50)])
+@pytest.mark.parametrize(
+    "numbers", [(-7, 40, 20, 10**6), (-(2**31), 2**31 - 1), (45, 60, 50), (0, 50, 0, 50), (5, -(2**31), 50)]
+)
 def test_nothing_outside_is_touched_wherever_sequences_are_said_to_begin(dtype, numbers):
     around = torch.full((70, 3, 2, 16), float("nan"), dtype=dtype)
     around[10:60] = torch.randn(50, 3, 2, 16)
