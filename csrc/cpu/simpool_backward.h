@@ -130,7 +130,7 @@ void simpool_power_tokens(const SimPool<T>& op, int64_t begin, int64_t end) {
             Vec<T> sum{}, product{}, ties{}, tie_sum{};
             for (int64_t r = 0; r < block.count; ++r) {
               const Vec<T> x = (load_some<T>(block.row(r) + at, lanes) - block.mean[r]) * block.inverse[r];
-              const Vec<T> y = normalized<T>(x, weight, bias), value = max<T>(y - least + eps, eps);
+              const Vec<T> y = normalized<T>(x, weight, bias), value = max<T>(eps, y - least + eps);
               const Vec<T> power = keep_some<T>(factor * lower_power<T, POWER>(value, exponent), lanes);
               const Vec<T> dv = power * attention[r];
               da_sum[r] += power * value;

@@ -95,7 +95,7 @@ void add_powers(const SimPool<T>& op, const PerChannel<T>& minimum, const T* sha
       Vec<T> part{};
       for (int64_t r = 0; r < block.count; ++r) {
         const Vec<T> x = (load_some<T>(block.row(r) + at, lanes) - block.mean[r]) * block.inverse[r];
-        const Vec<T> value = max<T>(normalized<T>(x, weight, bias) - least + eps, eps);
+        const Vec<T> value = max<T>(eps, normalized<T>(x, weight, bias) - least + eps);
         part += lower_power<T, POWER>(value, exponent) * value * share[r];
       }
       store_some<T>(sum + at, load_some<T>(sum + at, lanes) + part, lanes);

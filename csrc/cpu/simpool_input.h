@@ -151,7 +151,7 @@ void simpool_power_input(const SimPool<T>& op, int64_t begin, int64_t end) {
             const Vec<T> tied = tie.at(at, lanes);
             for (int64_t r = 0; r < block.count; ++r) {
               const Vec<T> x = (load_some<T>(block.row(r) + at, lanes) - block.mean[r]) * block.inverse[r];
-              const Vec<T> y = normalized<T>(x, weight, bias), value = max<T>(y - least + eps, eps);
+              const Vec<T> y = normalized<T>(x, weight, bias), value = max<T>(eps, y - least + eps);
               const Vec<T> dv = factor * lower_power<T, POWER>(value, exponent) * attention[r];
               const Vec<T> dw = keep_some<T>((dv + (y == least ? tied : Vec<T>{})) * weight, lanes);
               s1_sum[r] += dw;

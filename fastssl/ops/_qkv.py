@@ -13,7 +13,7 @@ from torch import Tensor
 from fastssl._backends import select
 from fastssl.ops import masked_attention as masked
 from fastssl.ops import packed_attention as packed
-from fastssl.ops._gradients import first_derivatives_only, saved, without_inference_tensors
+from fastssl.ops._gradients import first_derivatives_only, save, saved
 from fastssl.reference.masked_attention import masked_attention as masked_reference
 from fastssl.reference.packed_attention import packed_attention as packed_reference
 
@@ -65,7 +65,7 @@ class _QkvMasked(torch.autograd.Function):
         qkv, keep, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*without_inference_tensors(ctx, *output, qkv, keep))
+        save(ctx, (*output, qkv, keep))
 
     @staticmethod
     @first_derivatives_only("masked_attention")
@@ -87,7 +87,7 @@ class _QkvPacked(torch.autograd.Function):
         qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*without_inference_tensors(ctx, *output, qkv, cu_seqlens))
+        save(ctx, (*output, qkv, cu_seqlens))
 
     @staticmethod
     @first_derivatives_only("packed_attention")
