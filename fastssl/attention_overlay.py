@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def attention_overlay(
         image: (3, H, W) or (B, 3, H, W), floating in [0, 1] or uint8. Undo a normalisation first.
         attention: of the N = h·w patches, row by row, without prefix tokens. For one image (N,) or (heads, N), for a
             batch (B, N) or (B, heads, N), as `fastssl.simpool` and `fastssl.nn.SimPool` return it. In place of N also
-            h, w: (heads, h, w) and (B, heads, h, w) always, (h, w) and (B, h, w) with `grid_size`. Any floating dtype;
-            gets no gradient.
+            h, w: (heads, h, w) and (B, heads, h, w) always, (h, w) and (B, h, w) with `grid_size`. For one image also
+            (1, heads, N) with `grid_size`. Any floating dtype, finite; gets no gradient.
         grid_size: (h, w); None: of a square map, h = w.
         head: the number of one head, from 0; None: the mean of all.
         alpha: the share of the colours, from 0, the image alone, to 1, the map alone.
@@ -95,7 +96,7 @@ def _colour(heat: Tensor, colors: str) -> Tensor:
     table = torch.tensor(rows, dtype=heat.dtype, device=heat.device)
     place = heat.clamp(0, 1) * (len(rows) - 1)
     below = place.floor().clamp(max=len(rows) - 2)
-    index = below.nan_to_num().long()
+    index = below.long()
     colour = torch.lerp(table[index], table[index + 1], (place - below)[..., None])
     return colour.permute(0, 3, 1, 2)
 
@@ -114,6 +115,8 @@ def _check(image: Any, attention: Any, grid_size: Any, head: Any, alpha: Any, co
             raise ValueError(f"{_OP}: image must lie in [0, 1] where it is floating, got {low:.4g} to {high:.4g}")
     _checks.check_tensor(_OP, "attention", attention)
     _checks.check_same_device(_OP, "attention", attention, "image", image)
+    if not bool(attention.isfinite().all()):
+        raise ValueError(f"{_OP}: attention must be finite, got infinities or NaN")
     _checks.check_number(_OP, "alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{_OP}: alpha must be from 0 to 1, got {alpha}")
@@ -129,10 +132,25 @@ def _check(image: Any, attention: Any, grid_size: Any, head: Any, alpha: Any, co
     return maps
 
 
+def _is_batch_of_one(attention: Tensor, grid_size: Any) -> bool:
+    """Whether one image's attention is (1, heads, N), as a layer gives it, and not the (heads, h, w) of one head."""
+    if attention.dim() != 3 or attention.shape[0] != 1 or attention.shape[1] == attention.shape[2]:
+        return False
+    length = attention.shape[2]
+    if isinstance(grid_size, tuple | list):
+        return tuple(attention.shape[1:]) != tuple(grid_size) and math.prod(grid_size) == length
+    if math.isqrt(length) ** 2 == length:
+        raise ValueError(
+            f"{_OP}: attention must be (heads, N) for image (3, H, W) or come with grid_size, got "
+            f"{_checks.shape(attention)}, which could be (1, heads, N) or (heads, h, w)"
+        )
+    return False
+
+
 def _maps(image: Tensor, attention: Tensor, grid_size: Any) -> Tensor:
     batched = image.dim() == 4
     lead = "B, " if batched else ""
-    maps = attention if batched else attention[None]
+    maps = attention if batched or _is_batch_of_one(attention, grid_size) else attention[None]
     is_map = maps.dim() == 4 or (
         maps.dim() == 3 and isinstance(grid_size, tuple | list) and tuple(maps.shape[1:]) == tuple(grid_size)
     )

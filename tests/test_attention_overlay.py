@@ -200,3 +200,23 @@ def test_bad_input_is_one_sentence(change, error, message):
         attention_overlay(given.pop("image"), given.pop("attention"), **given)
     assert str(caught.value).startswith("attention_overlay: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_layer_returns_for_one_image():
+    """(1, heads, N) could be one head's (h, w): drawn where the grid tells, refused where nothing does."""
+    image, attention = torch.rand(3, 28, 28), torch.rand(1, 2, 49)
+    expected = attention_overlay(image, attention[0])
+    assert torch.equal(attention_overlay(image, attention, grid_size=(7, 7)), expected)
+    assert torch.equal(attention_overlay(image[None], attention)[0], expected)
+    with pytest.raises(ValueError, match=r"attention must be \(heads, N\) for image .* got \(1, 2, 49\)"):
+        attention_overlay(image, attention)
+    rows = torch.rand(1, 4, 7)  # no square number of patches: a map
+    assert torch.equal(attention_overlay(image, rows), attention_overlay(image, rows[0], grid_size=(4, 7)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_attention_that_is_not_finite(bad):
+    attention = torch.rand(4)
+    attention[1] = bad
+    with pytest.raises(ValueError, match="attention must be finite"):
+        attention_overlay(torch.zeros(3, 8, 8, dtype=torch.uint8), attention)

@@ -463,10 +463,18 @@ def test_a_large_gamma_for_float64():
         fastssl.simpool(X, **GOOD, **options)
 
 
-def test_a_beta_of_one_element_in_any_shape():
-    a, b = (fastssl.simpool(X, **GOOD, gamma=2, beta=torch.full(s, 0.5), backend="reference") for s in ((), (1, 1, 1)))
-    assert torch.equal(a, b)
-    assert_close(a, fastssl.simpool(X, **GOOD, gamma=2, backend="reference") + 0.5, 1e-6)
+def test_a_beta_of_one_element_in_any_shape(backend):
+    def call(beta):
+        return fastssl.simpool(X, **GOOD, gamma=2, beta=beta, backend=backend)
+
+    first = call(torch.full((), 0.5))
+    for dimensions in (1, 3, 4, 8):
+        beta = torch.full((1,) * dimensions, 0.5, requires_grad=True)
+        out = call(beta)
+        assert torch.equal(out, first)
+        (gradient,) = torch.autograd.grad(out.sum(), beta)
+        assert_close(gradient, torch.full_like(beta, out.numel()), 1e-6)
+    assert_close(first, call(None) + 0.5, 1e-6)
 
 
 def test_every_backend_is_declared():

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <vector>
 
@@ -29,6 +30,7 @@ template <class T>
 std::vector<T> numbers_of(const torch::stable::Tensor& t) {
   std::vector<T> result(t.numel());
   if (result.empty()) return result;
+  STD_TORCH_CHECK(t.dim() <= 3, "fastssl: tensors of numbers must have at most three dimensions");
   int64_t size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
   for (int64_t d = 0, at = 3 - t.dim(); d < t.dim(); ++d, ++at) {
     size[at] = t.size(d);

@@ -126,6 +126,14 @@ SimPool<T> describe(const Arguments& a, const std::vector<T>& weight, const std:
   return op;
 }
 
+// How many images make a group: at least one for each thread, all of them where one result needs all.
+template <class T>
+int64_t group_of(const SimPool<T>& op, bool whole) {
+  if (whole) return std::max<int64_t>(op.batch, 1);
+  const int64_t bytes = op.tokens * op.channels * static_cast<int64_t>(sizeof(T));
+  return std::max<int64_t>(torch::stable::get_num_threads(), kGroupBytes / bytes);
+}
+
 template <class T>
 void run_images(const SimPool<T>& op, typename SimPoolKernels<T>::Images kernel, int64_t begin, int64_t end) {
   torch::stable::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) { kernel(op, from, to); });
@@ -185,9 +193,7 @@ Results forward_as(const Arguments& a) {
   op.out = pooled.data();
   const SimPoolKernels<T> kernels = FASTSSL_FOR_ISA(simpool_kernels<T>(op.power));
   // The minimum of a batch needs all of it.
-  const int64_t group = of_batch
-                            ? std::max<int64_t>(B, 1)
-                            : std::max<int64_t>(1, kGroupBytes / (N * C * static_cast<int64_t>(sizeof(T))));
+  const int64_t group = group_of(op, of_batch);
   for (int64_t begin = 0; begin < B; begin += group) {
     const int64_t end = std::min(B, begin + group);
     run_images(op, kernels.statistics, begin, end);
@@ -308,9 +314,7 @@ Gradients backward_as(const Arguments& a, const Tensor& grad, const Tensor& grad
   op.grad_x = heads_of(wants_x ? grad_x : a.x, false, 1);
   const SimPoolKernels<T> kernels = FASTSSL_FOR_ISA(simpool_kernels<T>(op.power));
   // The minimum's gradient needs the whole batch.
-  const int64_t group = op.power != 0
-                            ? std::max<int64_t>(B, 1)
-                            : std::max<int64_t>(1, kGroupBytes / (N * C * static_cast<int64_t>(sizeof(T))));
+  const int64_t group = group_of(op, op.power != 0);
   for (int64_t begin = 0; begin < B; begin += group) {
     const int64_t end = std::min(B, begin + group), images = end - begin;
     run_images(op, kernels.tokens, begin, end);

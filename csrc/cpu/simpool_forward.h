@@ -112,18 +112,19 @@ void simpool_attend(const SimPool<T>& op, int64_t begin, int64_t end) {
   const int64_t depth = op.channels / op.heads;
   TokenRows<T> tokens{op.x, op.channels};
   Scratch scratch(Scratch::bytes_of<T>(tokens.copy_size()) + Scratch::bytes_of<T>(op.heads * op.channels) +
-                  2 * Scratch::bytes_of<T>(op.heads));
+                  Scratch::bytes_of<T>(op.heads) + Scratch::bytes_of<double>(op.heads));
   tokens.copy = scratch.take<T>(tokens.copy_size());
   T* queries = scratch.take<T>(op.heads * op.channels);
   T* largest = scratch.take<T>(op.heads);
-  T* total = scratch.take<T>(op.heads);
+  double* total =
+      scratch.take<double>(op.heads);  // one by one: in float, thousands of tokens would lose digits
   for (int64_t image = begin; image < end; ++image) {
     centred_queries(op, image, queries);
     const PerChannel<T> minimum = per_channel(op, op.minimum, image);
     T* pooled = vector_of(op, image, kVectorPooled);
     std::fill_n(pooled, op.channels, T{0});
     std::fill_n(largest, op.heads, -std::numeric_limits<T>::infinity());
-    std::fill_n(total, op.heads, T{0});
+    std::fill_n(total, op.heads, 0.0);
     for (int64_t first = 0; first < op.tokens; first += kBlockTokens) {
       const Block<T> block = block_of(op, tokens, image, first);
       for (int64_t h = 0; h < op.heads; ++h) {
@@ -138,14 +139,14 @@ void simpool_attend(const SimPool<T>& op, int64_t begin, int64_t end) {
         for (int64_t r = block.count; r < kBlockTokens; ++r) logits[r] = peak;
         if (peak > largest[h]) {
           const T factor = exp2(broadcast<T>((largest[h] - peak) * kLog2E))[0];
-          total[h] *= factor;
+          total[h] *= double{factor};
           for (int64_t c = h * depth; c < (h + 1) * depth; ++c) pooled[c] *= factor;
           largest[h] = peak;
         }
         for (int64_t r = 0; r < kBlockTokens; r += W)
           store<T>(share + r, exp2((load<T>(logits + r) - peak) * kLog2E));
         for (int64_t r = 0; r < block.count; ++r) {
-          total[h] += share[r];
+          total[h] += double{share[r]};
           if (POWER == kMean) share[r] *= block.inverse[r];
         }
         if constexpr (POWER == kMean) {
@@ -156,7 +157,7 @@ void simpool_attend(const SimPool<T>& op, int64_t begin, int64_t end) {
       }
     }
     for (int64_t h = 0; h < op.heads; ++h) {
-      const T inverse = T{1} / total[h];
+      const T inverse = static_cast<T>(1 / total[h]);
       const T* logits = row_of(op, image, kRowLogits + h);
       T* attention = row_of(op, image, kRowLogits + op.heads + h);
       for (int64_t n = 0; n < op.tokens; n += W) {

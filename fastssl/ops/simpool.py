@@ -66,8 +66,9 @@ def simpool(
         gamma: exponent of the generalised mean, a finite number above 0; None for a plain weighted mean.
         beta: one number, added to the result; needs `gamma`.
         value_min: the minimum that is subtracted before the power. "batch", as the paper's code has it: of all
-            values of the batch, so that an image's result depends on the others. "channel", as timm's SimPool has it:
-            of each channel of each image. Gradients flow through it; values that tie share them evenly.
+            values of the batch, so that an image's result depends on the others (an image with NaN is NaN, and may be
+            left out of it). "channel", as timm's SimPool has it: of each channel of each image. Gradients flow through
+            it; values that tie share them evenly.
         eps: added after the minimum is subtracted, above 0; ``eps**gamma`` must not be 0 in the arithmetic's dtype.
         norm_eps: of the LayerNorm, above 0.
         return_attention: also return the attention.
@@ -100,7 +101,7 @@ def simpool(
             num_heads=num_heads,
             scale=scale,
             gamma=gamma,
-            beta=beta,
+            beta=None if beta is None else args.tensors[6],
             value_min=value_min,
             eps=eps,
             norm_eps=norm_eps,
@@ -185,6 +186,7 @@ def _check(
             raise ValueError(f"{_OP}: beta must have one element, got {_checks.shape(beta)}")
         if gamma is None:
             raise ValueError(f"{_OP}: beta must be None where gamma is None, got a Tensor")
+        beta = beta.reshape(())
         given["beta"] = beta
     present = {name: value for name, value in given.items() if value is not None}
     if gamma is not None:
