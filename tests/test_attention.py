@@ -178,6 +178,36 @@ def test_the_output_lies_as_the_projection_wants_it():
     assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
+@needs_library
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("depth", [16, 40, 33])
+def test_results_too_large_for_the_caches(cpu_path, op, dtype, depth):
+    """Written past the caches, to the same bits as a part of them alone, which is not."""
+    images, length, kept, heads = 1 + (9 << 20) // (200 * 2 * depth * dtype.itemsize), 200, 9, 2
+    if op == "masked_attention":
+        where = keep_of(images, length, kept / length)
+        few, first = where[:2], (slice(0, 2),)
+        tokens = (images, length)
+    else:
+        tokens = (length,) * 2 + (kept,) * ((images - 2) * length // kept)
+        where, few, first = starts_of(tokens), starts_of(tokens[:2]), (slice(0, 2 * length),)
+    qkv = projection(op, tokens, heads, depth, dtype)
+    assert qkv.nbytes > 3 * (8 << 20)
+    out = run(op, *heads_of(op, qkv), where, backend="cpp")
+    upstream = torch.randn(out.shape).to(dtype)
+    (grad,) = gradients(out, [qkv], upstream)
+    part = qkv.detach()[first].requires_grad_()
+    alone = run(op, *heads_of(op, part), few, backend="cpp")
+    assert torch.equal(out[first], alone)
+    (grad_alone,) = gradients(alone, [part], upstream[first])
+    assert torch.equal(grad[first], grad_alone)
+    assert grad.isfinite().all()
+    if op == "masked_attention":
+        assert not out.transpose(1, 2)[~where].any()
+        assert not grad[~where].any()
+
+
 # ---- values that are hard --------------------------------------------------------------------------------------
 
 

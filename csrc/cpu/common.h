@@ -10,6 +10,10 @@
 #include <new>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fastssl::cpu {
 
 enum class Dtype : int { kFloat, kDouble, kBFloat16, kHalf };
@@ -41,6 +45,25 @@ inline void* element(const Strided& m, int64_t batch, int64_t head, int64_t row 
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Results at least this large are written past the caches: they would not stay there, and a line that is
+// written as a whole need not be read from memory first. stream_end() comes after a thread's last such store.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+inline void stream_zeros(char* to, int64_t bytes) {
+#if defined(__x86_64__)
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
+    for (int64_t b = 0; b < bytes; b += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + b), _mm_setzero_si128());
+    return;
+  }
+#endif
+  std::memset(to, 0, bytes);
+}
 
 // Scratch memory of one thread, kept between calls: fresh pages cost more than most kernels here. What is
 // larger than kKeep bytes is given back at the end of the call.

@@ -21,6 +21,11 @@ Strided rows_of(const Tensor& t) {
   return {t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
+// (B, H, N)
+Strided lse_of(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), 0};
+}
+
 Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keep, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && q.size(3) > 0, "masked_attention: q must be (B, H, N, d)");
   for (const Tensor* t : {&k, &v}) {
@@ -64,11 +69,14 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 void clear_dropped(const Attention& op, const Tensor& rows, int64_t row_elements) {
   const int64_t bytes = row_elements * element_size(dtype_of(rows));
   char* data = static_cast<char*>(rows.data_ptr());
-  torch::stable::parallel_for(0, static_cast<int64_t>(op.dropped.size()), 64,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i)
-                                  std::memset(data + op.dropped[i] * bytes, 0, bytes);
-                              });
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(op.dropped.size()), 64, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          char* row = data + op.dropped[i] * bytes;
+          op.streams ? stream_zeros(row, bytes) : static_cast<void>(std::memset(row, 0, bytes));
+        }
+        stream_end();
+      });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keep,
@@ -79,10 +87,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor lse =
       torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)},
                                op.q.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float);
+  op.streams = is_large(memory);
   clear_dropped(op, memory, op.heads * op.depth);
   if (!op.dropped.empty()) torch::stable::zero_(lse);
   op.out = rows_of(out);
-  op.lse = {lse.data_ptr(), dtype_of(lse), lse.stride(0), lse.stride(1), lse.stride(2), 0};
+  op.lse = lse_of(lse);
   attention_forward(op);
   return {out, lse};
 }
@@ -94,7 +103,13 @@ Tensor backward(const Tensor& grad, const Tensor& out, const Tensor& lse, const 
                       grad.size(2) == q.size(2) && grad.size(3) == q.size(3) &&
                       grad.scalar_type() == q.scalar_type(),
                   "masked_attention: grad must have q's shape and dtype");
+  const ScalarType computed = op.q.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(lse.dim() == 3 && lse.size(0) == q.size(0) && lse.size(1) == q.size(1) &&
+                      lse.size(2) == q.size(2) && lse.scalar_type() == computed,
+                  "masked_attention: lse must be (B, H, N), as forward gave it");
+  op.lse = lse_of(lse);
   Tensor result = torch::stable::new_empty(q, {q.size(0), q.size(2), 3, q.size(1), q.size(3)});
+  op.streams = is_large(result);
   clear_dropped(op, result, 3 * op.heads * op.depth);
   op.grad = rows_of(grad);
   Strided* gradients[3] = {&op.grad_q, &op.grad_k, &op.grad_v};

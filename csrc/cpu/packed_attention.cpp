@@ -61,6 +61,9 @@ Strided rows_of(const Tensor& t) {
   return {t.data_ptr(), dtype_of(t), 0, t.stride(1), t.stride(0), t.stride(2)};
 }
 
+// (H, T)
+Strided lse_of(const Tensor& t) { return {t.data_ptr(), dtype_of(t), 0, t.stride(0), t.stride(1), 0}; }
+
 Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                    double scale) {
   STD_TORCH_CHECK(q.dim() == 3 && q.size(2) > 0, "packed_attention: q must be (T, H, d)");
@@ -96,8 +99,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(
       q, {q.size(1), q.size(0)}, op.q.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float);
+  op.streams = is_large(out);
   op.out = rows_of(out);
-  op.lse = {lse.data_ptr(), dtype_of(lse), 0, lse.stride(0), lse.stride(1), 0};
+  op.lse = lse_of(lse);
   attention_forward(op);
   return {out, lse};
 }
@@ -108,7 +112,13 @@ Tensor backward(const Tensor& grad, const Tensor& out, const Tensor& lse, const 
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == q.size(0) && grad.size(1) == q.size(1) &&
                       grad.size(2) == q.size(2) && grad.scalar_type() == q.scalar_type(),
                   "packed_attention: grad must have q's shape and dtype");
+  const ScalarType computed = op.q.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(
+      lse.dim() == 2 && lse.size(0) == q.size(1) && lse.size(1) == q.size(0) && lse.scalar_type() == computed,
+      "packed_attention: lse must be (H, T), as forward gave it");
+  op.lse = lse_of(lse);
   Tensor result = torch::stable::new_empty(q, {q.size(0), 3, q.size(1), q.size(2)});
+  op.streams = is_large(result);
   op.grad = rows_of(grad);
   Strided* gradients[3] = {&op.grad_q, &op.grad_k, &op.grad_v};
   for (int64_t i = 0; i < 3; ++i) {

@@ -6,9 +6,11 @@
 // left factor of every product that follows, read either way round in place: out = Pᵀ V and dQ = dSᵀ K over
 // the keys, dV = P dO and dK = dS Q over the queries. Tokens are copied to rows of T first, from wherever
 // they lie: a few tens of kilobytes that stay in the second-level cache. With queries scaled by scale ·
-// log2(e), P = 2^(logits − maximum) / sum.
+// log2(e), P = 2^(logits − maximum) / sum; backward shifts by the saved log-sum-exp in place of the maximum.
 
 namespace fastssl::cpu::FASTSSL_ISA {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Queries of a block, and the distance of the matrix's rows: an odd number of cache lines. For short
 // sequences a smaller one, that the first-level cache may hold.
@@ -32,8 +34,14 @@ void copy_row(const S* from, int64_t stride, int64_t depth, T factor, T* to, int
   }
 }
 template <class T, class S>
-void write_row(const T* from, int64_t depth, T factor, S* to, int64_t stride) {
+void write_row(const T* from, int64_t depth, T factor, S* to, int64_t stride, bool streams) {
   constexpr int W = Simd<T>::kWidth;
+  if constexpr (std::is_same_v<T, S>) {
+    if (streams && stride == 1 && depth % W == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Vec<T>) == 0) {
+      for (int64_t c = 0; c < depth; c += W) stream<T>(to + c, load<T>(from + c) * factor);
+      return;
+    }
+  }
   for (int64_t c = 0; c < depth; c += W) {
     const Vec<T> v = load<T>(from + c) * factor;
     const int64_t lanes = std::min<int64_t>(W, depth - c);
@@ -70,8 +78,8 @@ struct Head {
   T *panel = nullptr, *rows = nullptr;     // C queries, R rows of a result
   T *grad_k = nullptr, *grad_v = nullptr;  // (tokens, padded)
   T* total = nullptr;                      // of a block's queries: Σ 2^(logits − maximum)
-  Sequence sequence{};
-  int64_t head = 0;
+  Sequence sequence{}, next{};
+  int64_t head = 0, next_head = 0, asked = 0, at_once = 0;
 
   Head(const Attention& op, int64_t longest)
       : op(op), longest(longest), padded(round_up(op.depth, Simd<T>::kWidth)) {}
@@ -101,9 +109,32 @@ struct Head {
     lay_out(backward, [&](T*& pointer, int64_t count) { pointer = scratch.take<T>(count); });
   }
 
-  int64_t token(int64_t i) const {
-    return op.index.empty() ? sequence.begin + i : op.index[sequence.begin + i];
+  int64_t token(const Sequence& of, int64_t i) const {
+    return op.index.empty() ? of.begin + i : op.index[of.begin + i];
   }
+  int64_t token(int64_t i) const { return token(sequence, i); }
+
+  // The item to come is asked for from memory while this one is computed: its rows lie a whole token apart,
+  // which no processor foresees. `products` asks for a few after each of its `tiles`.
+  void foresee(int64_t item) {
+    const int64_t n = sequence.count, tiles = ceil_div(n, C) * ceil_div(n, R);
+    next = op.sequences[item / op.heads];
+    next_head = item % op.heads;
+    asked = 0;
+    at_once = ceil_div(next.count, tiles);
+  }
+  void ask() {
+    const int64_t end = std::min(asked + at_once, next.count);
+    for (; asked < end; ++asked) {
+      for (const Strided* t : {&op.q, &op.k, &op.v, &op.grad}) {
+        if (t->data == nullptr) continue;
+        const char* row = static_cast<const char*>(element(*t, next.image, next_head, token(next, asked)));
+        for (int64_t line = 0; line < op.depth * element_size(t->dtype); line += 64)
+          __builtin_prefetch(row + line, 0, 2);
+      }
+    }
+  }
+
   void gather(const Strided& from, T factor, T* to) const {
     with_type<T>(from.dtype, [&](auto type) {
       using S = decltype(type);
@@ -117,7 +148,8 @@ struct Head {
       using S = decltype(type);
       for (int64_t i = 0; i < count; ++i)
         write_row<T>(from + i * padded, op.depth, factor,
-                     static_cast<S*>(element(to, sequence.image, head, token(first + i))), to.column_stride);
+                     static_cast<S*>(element(to, sequence.image, head, token(first + i))), to.column_stride,
+                     op.streams);
     });
   }
   void pack_strips(const T* tokens, T* strips) const {
@@ -127,14 +159,16 @@ struct Head {
 
   // matrix[key][query] = token of strips · token of `others`, for queries [i, i + C).
   template <int64_t LD>
-  void products(const T* strips, const T* others, int64_t i, T* matrix) const {
+  void products(const T* strips, const T* others, int64_t i, T* matrix) {
     const int64_t n = sequence.count, count = std::min<int64_t>(C, n - i);
     pack<T, C>(panel, others + i * padded, sizeof(T) == 8 ? Dtype::kDouble : Dtype::kFloat, padded, 1, count,
                op.depth);
     const int64_t vectors = ceil_div(count, W);
-    for (int64_t j = 0; j < n; j += R)
+    for (int64_t j = 0; j < n; j += R) {
       last_tile<T, 1, kStripStride<T>, false>(n - j, vectors, op.depth, strip_at<T>(strips, j, op.depth),
                                               panel, C, matrix + j * LD, LD);
+      ask();
+    }
   }
   // Logits of one vector of queries become 2^(logits − maximum); returns the maximum, leaves the sum.
   template <int64_t LD>
@@ -150,6 +184,34 @@ struct Head {
     }
     sum = sums[0] + sums[1];
     return peak;
+  }
+
+  // The saved log-sum-exp of the queries from i on, in powers of two.
+  FASTSSL_INLINE Vec<T> lse_of(int64_t i) const {
+    Vec<T> lse{};
+    const int64_t lanes = std::min<int64_t>(W, sequence.count - i);
+    for (int64_t l = 0; l < lanes; ++l)
+      lse[l] = *static_cast<const T*>(element(op.lse, sequence.image, head, token(i + l)));
+    return lse * static_cast<T>(kLog2E);
+  }
+  // One vector of queries: logits become P, slopes (dO Vᵀ) become dS = P (slopes − Σ P slopes). lse is near
+  // enough to shift by; its rounding leaves P with the sum.
+  template <int64_t LD>
+  FASTSSL_INLINE void slopes_of_logits(T* column, T* slope, Vec<T> lse) const {
+    const int64_t n = sequence.count;
+    Vec<T> sums[2] = {}, products[2] = {};
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec<T> p = exp2(load<T>(column + j * LD) - lse);
+      store<T>(column + j * LD, p);
+      sums[j & 1] += p;
+      products[j & 1] += p * load<T>(slope + j * LD);
+    }
+    const Vec<T> inverse = T{1} / (sums[0] + sums[1]), delta = (products[0] + products[1]) * inverse;
+    for (int64_t j = 0; j < n; ++j) {
+      const Vec<T> p = load<T>(column + j * LD) * inverse;
+      store<T>(column + j * LD, p);
+      store<T>(slope + j * LD, p * (load<T>(slope + j * LD) - delta));
+    }
   }
 
   // `rows` of the first `queries` queries, at most R: Σ_key matrix[key][query] tokens[key].
@@ -171,7 +233,6 @@ struct Head {
   template <int64_t BLOCK>
   void forward() {
     constexpr int64_t LD = row_distance(BLOCK);
-    constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
     const int64_t n = sequence.count;
     gather(op.q, static_cast<T>(op.scale * kLog2E), q);
     gather(op.k, T{1}, k);
@@ -185,11 +246,10 @@ struct Head {
           Vec<T> sum;
           const Vec<T> peak = exponentials<LD>(logits + l, sum);
           store<T>(total + l, sum);
+          const Vec<T> lse = (peak + log2(sum)) * static_cast<T>(kLn2);
           const int64_t lanes = std::min<int64_t>(W, queries - l);
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            T* lse = static_cast<T*>(element(op.lse, sequence.image, head, token(first + l + lane)));
-            *lse = static_cast<T>((double{peak[lane]} + std::log2(double{sum[lane]})) * kLn2);
-          }
+          for (int64_t lane = 0; lane < lanes; ++lane)
+            *static_cast<T*>(element(op.lse, sequence.image, head, token(first + l + lane))) = lse[lane];
         }
       }
       for (int64_t i = 0; i < queries; i += R) {
@@ -204,7 +264,6 @@ struct Head {
   template <int64_t BLOCK>
   void backward() {
     constexpr int64_t LD = row_distance(BLOCK);
-    constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
     const int64_t n = sequence.count, whole = round_up(n, R);
     gather(op.q, static_cast<T>(op.scale * kLog2E), q);
     gather(op.k, T{1}, k);
@@ -219,21 +278,8 @@ struct Head {
       for (int64_t i = 0; i < queries; i += C) {
         products<LD>(key_strips, q, first + i, logits + i);
         products<LD>(value_strips, grad, first + i, slopes + i);
-        for (int64_t l = i; l < i + C && l < queries; l += W) {
-          Vec<T> sum;
-          exponentials<LD>(logits + l, sum);
-          const Vec<T> inverse = T{1} / sum;
-          Vec<T> delta{};
-          for (int64_t j = 0; j < n; ++j)
-            delta += load<T>(logits + j * LD + l) * load<T>(slopes + j * LD + l);
-          delta *= inverse;
-          for (int64_t j = 0; j < n; ++j) {
-            T *p = logits + j * LD + l, *d = slopes + j * LD + l;
-            const Vec<T> probability = load<T>(p) * inverse;
-            store<T>(p, probability);
-            store<T>(d, probability * (load<T>(d) - delta));
-          }
-        }
+        for (int64_t l = i; l < i + C && l < queries; l += W)
+          slopes_of_logits<LD>(logits + l, slopes + l, lse_of(first + l));
       }
       over_queries<LD>(logits, grad + first * padded, queries, grad_v);
       over_queries<LD>(slopes, q + first * padded, queries, grad_k);
@@ -259,6 +305,7 @@ void attention_items(const Attention& op, bool backward, const int64_t* items, i
   for (int64_t i = 0; i < count; ++i) {
     head.sequence = op.sequences[items[i] / op.heads];
     head.head = items[i] % op.heads;
+    if (i + 1 < count) head.foresee(items[i + 1]);
     const int64_t block = block_for<T>(head.sequence.count);
     if constexpr (sizeof(T) == 4) {
       if (block == kShortBlock) {
@@ -268,6 +315,7 @@ void attention_items(const Attention& op, bool backward, const int64_t* items, i
     }
     backward ? head.template backward<kLongBlock>() : head.template forward<kLongBlock>();
   }
+  stream_end();
 }
 
 }  // namespace fastssl::cpu::FASTSSL_ISA

@@ -15,14 +15,15 @@ struct Sequence {
 
 // One call. Rows of the tensors are tokens, of one head.
 struct Attention {
-  Strided q, k, v;
+  Strided q{}, k{}, v{};
   int64_t heads = 0, depth = 0;
   double scale = 0;
+  bool streams = false;  // results are written past the caches
   std::vector<Sequence> sequences;
-  std::vector<int64_t> index;            // empty: tokens follow each other
-  std::vector<int64_t> dropped;          // tokens in no sequence: image · tokens + token
-  Strided out, lse;                      // forward
-  Strided grad, grad_q, grad_k, grad_v;  // backward
+  std::vector<int64_t> index;                    // empty: tokens follow each other
+  std::vector<int64_t> dropped;                  // tokens in no sequence: image · tokens + token
+  Strided out{}, lse{};                          // forward
+  Strided grad{}, grad_q{}, grad_k{}, grad_v{};  // backward
 };
 
 // Both compute every (sequence, head) on one thread.

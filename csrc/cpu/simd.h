@@ -146,6 +146,19 @@ template <class T>
 FASTSSL_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
+// Past the caches, see kStreamBytes. p must be a multiple of the vector's size.
+template <class T>
+FASTSSL_INLINE void stream(T* p, Vec<T> v) {
+#if !defined(__x86_64__)
+  store<T>(p, v);
+#elif FASTSSL_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(v));
+#elif FASTSSL_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(v));
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(v));
+#endif
+}
 template <class T, int COUNT>
 FASTSSL_INLINE void store_lanes(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, COUNT * sizeof(T));

@@ -25,6 +25,11 @@ inline Dtype dtype_of(const torch::stable::Tensor& t) {
   }
 }
 
+// Whether a result is to be written past the caches.
+inline bool is_large(const torch::stable::Tensor& t) {
+  return t.numel() * element_size(dtype_of(t)) >= kStreamBytes;
+}
+
 // (B, N, C) as heads of rows: tokens are the rows of "pixel", the head's channels those of "channel".
 inline Strided heads_of(const torch::stable::Tensor& x, bool channel, int64_t num_heads) {
   const int64_t depth = x.size(2) / num_heads;
