@@ -11,8 +11,11 @@ VENV ?= .venv
 # Without a Triton that pip can install (or to try that): make test EXTRAS=demo,test,bench
 EXTRAS ?= triton,demo,test,bench,dev
 ARGS ?=
+# Tests run in as many processes as there are cores, at most this many (more gain little, and each loads torch).
+WORKERS ?= 4
 
 BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses $(WORKERS) --dist worksteal
 SOURCES = $(shell find csrc -type f)
 
 .PHONY: demo test proofs bench gpu check format clean
@@ -21,10 +24,10 @@ demo: $(VENV)/.built
 	$(BIN)/python -m fastssl demo $(ARGS)
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not proof" $(ARGS)
+	$(PYTEST) -m "not proof" $(ARGS)
 
 proofs: $(VENV)/.built
-	$(BIN)/python -m pytest -m proof $(ARGS)
+	$(PYTEST) -m proof $(ARGS)
 
 bench: $(VENV)/.built
 	mkdir -p build

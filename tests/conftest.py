@@ -2,6 +2,10 @@
 
 import os
 
+# Several processes of tests on the same cores: a thread that waits must not keep one from another process.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # Without a GPU the Triton kernels run under Triton's interpreter, which is settled when fastssl is imported.

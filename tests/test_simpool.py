@@ -9,7 +9,7 @@ from pooling import check, derivatives, in_doubles, make, parameters, plain, run
 from tolerances import POOLED
 
 import fastssl
-from fastssl import _library, kernels
+from fastssl import _library
 
 CUDA = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -296,18 +296,7 @@ def test_error_of_half_precision_at_most_twice_that_of_plain_pytorch(backend, dt
         assert mine <= 2 * theirs[name] + 1e-7, f"{name}: {mine:.1e}, plain PyTorch {theirs[name]:.1e}"
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(kernels.why_not("cpu") is not None, reason=kernels.why_not("cpu") or "interpreted")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@POWER
-@pytest.mark.parametrize(("shape", "heads"), [((2, 37, 33), 3), ((1, 1, 8), 1), ((2, 16, 4, 5), 2)])
-def test_triton_interpreted(dtype, gamma, value_min, shape, heads):
-    width = shape[1] if len(shape) == 4 else shape[2]
-    x = torch.randn(shape).to(dtype).requires_grad_()
-    tensors = parameters(width, beta=gamma is not None, dtype=dtype)
-    check(x, tensors, "triton", num_heads=heads, **power(gamma, value_min))
+# ---- on a GPU -----------------------------------------------------------------------------------------------
 
 
 def on_gpu(backend):

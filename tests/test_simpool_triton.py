@@ -81,32 +81,36 @@ def check(x, learned, *, upstream=None, tolerances=None, attention=True, **kwarg
 
 @DTYPES
 @EVERY_POWER
-@pytest.mark.parametrize(("length", "width", "heads"), [(1, 33, 1), (37, 33, 1), (37, 48, 3), (100, 48, 3)])
+@pytest.mark.parametrize(
+    ("length", "width", "heads"),
+    [(1, 33, 1), (37, 33, 1), (37, 48, 3), pytest.param(100, 48, 3, marks=pytest.mark.proof)],
+)
 def test_lengths_and_heads(dtype, power, length, width, heads):
     check(make(2, length, width, dtype=dtype), parameters(width, power), num_heads=heads, **POWERS[power])
 
 
 @SOME_POWERS
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("heads", [1, pytest.param(3, marks=pytest.mark.proof)])
 def test_several_chunks(power, heads):
     check(make(2, 196, 48), parameters(48, power), num_heads=heads, **POWERS[power])
 
 
 @pytest.mark.parametrize(
-    ("power", "heads", "dtype"), [("plain", 1, torch.float16), ("2 of the batch", 3, torch.float32)]
+    ("power", "heads", "dtype"),
+    [("plain", 1, torch.float16), pytest.param("2 of the batch", 3, torch.float32, marks=pytest.mark.proof)],
 )
 def test_the_shape_of_a_small_transformer(power, heads, dtype):
     check(make(1, 196, 384, dtype=dtype), parameters(384, power), num_heads=heads, **POWERS[power])
 
 
-@pytest.mark.parametrize("width", [130, 300])
+@pytest.mark.parametrize("width", [130, pytest.param(300, marks=pytest.mark.proof)])
 @SOME_POWERS
 def test_wider_tiles(width, power):
     check(make(1, 19, width), parameters(width, power), num_heads=2, **POWERS[power])
 
 
 @SOME_POWERS
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("heads", [1, pytest.param(2, marks=pytest.mark.proof)])
 def test_many_chunks(monkeypatch, power, heads):
     """More than the products add up, and more minima than every program would read."""
     from fastssl.kernels import simpool, simpool_tiles
