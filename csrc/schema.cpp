@@ -39,12 +39,12 @@ STABLE_TORCH_LIBRARY(fastssl, m) {
   m.def(
       "masked_attention_forward(Tensor q, Tensor k, Tensor v, Tensor keep, float scale) -> (Tensor, Tensor)");
   m.def(
-      "masked_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor "
-      "keep, float scale) -> Tensor");
+      "masked_attention_backward(Tensor grad, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor keep, float "
+      "scale) -> Tensor");
   m.def(
-      "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float "
-      "scale) -> (Tensor, Tensor)");
+      "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> "
+      "(Tensor, Tensor)");
   m.def(
-      "packed_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor "
-      "cu_seqlens, int max_seqlen, float scale) -> Tensor");
+      "packed_attention_backward(Tensor grad, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, "
+      "float scale) -> Tensor");
 }

@@ -22,6 +22,10 @@ def check_tensor(op: str, name: str, value: Any) -> None:
             f"{op}: {name} must have dtype float32, float64, bfloat16 or float16, got dtype "
             f"{str(value.dtype).removeprefix('torch.')}"
         )
+    check_strided(op, name, value)
+
+
+def check_strided(op: str, name: str, value: torch.Tensor) -> None:
     if value.layout != torch.strided:
         raise ValueError(f"{op}: {name} must be a dense (strided) tensor, got layout {value.layout}")
 

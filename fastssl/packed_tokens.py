@@ -148,7 +148,8 @@ def pack(tokens: list[Tensor] | Tensor, keep: Tensor | None = None, num_kept: in
             one device; or one tensor (B, N, C). float32, float64, bfloat16 or float16. Lengths of zero are fine.
         keep: with one tensor, (B, N) bool, True: the token is kept; on the device of tokens or on the CPU.
         num_kept: with keep, how many it keeps in all. A GPU's keep then is not waited for: the host knows no lengths,
-            and max_seqlen is N. On a GPU it is believed: a wrong one gives wrong tokens or a device-side error.
+            and max_seqlen is N. On a GPU, and inside torch.compile, it is believed: a wrong one gives wrong tokens or
+            an error of the device.
 
     Returns:
         PackedTokens; `unpack` gives back what came. A list of one, or one tensor without keep, is not copied.
@@ -157,7 +158,8 @@ def pack(tokens: list[Tensor] | Tensor, keep: Tensor | None = None, num_kept: in
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, value or device.
 
-    Waits for a GPU only where keep is there and num_kept is not given, once. Inside torch.compile, keep needs num_kept.
+    Waits for a GPU only where keep is there and num_kept is not given, once. Inside torch.compile, keep needs num_kept,
+    and cu_seqlens may be copied to the GPU from memory that is not pinned, which waits for it.
     Derivatives of any order, those of a gather written to rows of zeros.
 
     Source: DINOv2 (arXiv 2304.07193) packs its crops so; MAE (arXiv 2111.06377) drops tokens.
@@ -204,7 +206,8 @@ def _pack_tensor(tokens: Tensor, keep: Any, num_kept: Any) -> PackedTokens:
         starts = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         starts = starts.to(device, non_blocking=True)
     kept = _on(torch.nonzero_static(keep.flatten(), size=total)[:, 0], device)
-    wants_gradient = torch.is_grad_enabled() and rows.requires_grad
+    # _Rows has no forward-mode derivatives, index_select has.
+    wants_gradient = torch.is_grad_enabled() and rows.requires_grad and torch.autograd.forward_ad._current_level < 0
     values = _Rows.apply(rows, kept) if wants_gradient else rows.index_select(0, kept)
     return PackedTokens(values, starts, longest, kept, _Origin(known, size=(batch, length)))
 
@@ -262,6 +265,7 @@ def _check_keep(keep: Any, num_kept: Any, tokens: Tensor) -> None:
         raise TypeError(f"{_OP}: keep must be None or a Tensor, got {type(keep).__name__}")
     if keep.dtype != torch.bool:
         raise TypeError(f"{_OP}: keep must have dtype bool, got dtype {str(keep.dtype).removeprefix('torch.')}")
+    _checks.check_strided(_OP, "keep", keep)
     if keep.shape != tokens.shape[:2]:
         wanted = f"(B, N) = {tuple(tokens.shape[:2])} of tokens"
         raise ValueError(f"{_OP}: keep must be {wanted}, got {_checks.shape(keep)}")
@@ -280,9 +284,21 @@ def _flatten(packed: PackedTokens) -> tuple[list[Any], tuple[Any, ...]]:
     return [packed.values, packed.cu_seqlens, *kept], (packed.max_seqlen, packed._origin)
 
 
+def _flatten_with_keys(packed: PackedTokens) -> tuple[list[Any], tuple[Any, ...]]:
+    leaves, structure = _flatten(packed)
+    names = ("values", "cu_seqlens", "kept")
+    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=False)], structure
+
+
 def _unflatten(leaves: Any, structure: tuple[Any, ...]) -> PackedTokens:
     values, starts, *kept = leaves
     return PackedTokens(values, starts, structure[0], kept[0] if kept else None, structure[1])
 
 
-pytree.register_pytree_node(PackedTokens, _flatten, _unflatten, serialized_type_name="fastssl.PackedTokens")
+pytree.register_pytree_node(
+    PackedTokens,
+    _flatten,
+    _unflatten,
+    serialized_type_name="fastssl.PackedTokens",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

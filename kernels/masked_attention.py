@@ -67,23 +67,23 @@ def sequences_of(keep: Tensor, batch: int, rows: int) -> Sequences:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The raw operator masked_attention_forward of fastssl/ops/masked_attention.py."""
+    """The raw operator masked_attention_forward_triton of fastssl/ops/masked_attention.py: out is (B, N, H, d)."""
     batch, heads, rows, depth = q.shape
-    out = q.new_empty((batch, rows, heads, depth)).transpose(1, 2)
+    out = q.new_empty((batch, rows, heads, depth))
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
     with on_device(q):
-        write_rows(q, k, v, out, lse, sequences_of(keep, batch, rows), scale)
+        write_rows(q, k, v, out.transpose(1, 2), lse, sequences_of(keep, batch, rows), scale)
     return out, lse
 
 
 def backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float
 ) -> Tensor:
-    """The raw operator masked_attention_backward."""
+    """The raw operator masked_attention_backward_triton: grad is (B, H, N, d), out as forward gave it."""
     batch, heads, rows, depth = q.shape
     result = q.new_empty((batch, rows, 3, heads, depth))
     with on_device(q):
-        write_gradients(grad, out, lse, q, k, v, result, sequences_of(keep, batch, rows), scale)
+        write_gradients(grad, out.transpose(1, 2), lse, q, k, v, result, sequences_of(keep, batch, rows), scale)
     return result
 
 

@@ -174,7 +174,7 @@ def rows_choice(longest: int, depth: int, exact: bool, indexed: int) -> Choice:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The raw operator packed_attention_forward of fastssl/ops/packed_attention.py."""
+    """The raw operator packed_attention_forward_triton of fastssl/ops/packed_attention.py."""
     total, heads, depth = q.shape
     out = q.new_empty((total, heads, depth))
     lse = q.new_empty((heads, total), dtype=torch.float32)

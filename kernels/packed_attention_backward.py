@@ -334,7 +334,7 @@ def backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float,
 ) -> Tensor:  # fmt: skip
-    """The raw operator packed_attention_backward."""
+    """The raw operator packed_attention_backward_triton."""
     total, heads, depth = q.shape
     result = q.new_empty((total, 3, heads, depth))
     with on_device(q):

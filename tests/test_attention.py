@@ -26,7 +26,7 @@ import fastssl
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 RATIO = pytest.mark.parametrize("ratio", [0, 0.25, 1, None])
-WIDTH = pytest.mark.parametrize(("heads", "depth"), [(1, 64), (6, 64), (1, 16), (6, 33), (2, 128)])
+WIDTH = pytest.mark.parametrize(("heads", "depth"), [(1, 16), (1, 64), (1, 128), (6, 16), (6, 64), (6, 128), (6, 33)])
 
 
 def where_of(op, tokens, ratio=0.25):
@@ -251,15 +251,19 @@ def test_what_is_dropped_does_not_leak_in_the_reference_either(backend):
 @needs_library
 @BOTH
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_nan_among_the_kept_is_not_hidden(cpu_path, op, name):
+@pytest.mark.parametrize("bits", [0x7FC00000, -1, 0x7F800001, 0x7FC00123])
+def test_nan_among_the_kept_is_not_hidden(cpu_path, op, name, bits):
+    """Whichever NaN it is: memory that nobody wrote may be full of 0xFF."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
     tensors, where = small(op, grad=False)
     at = "qkv".index(name)
     if op == "masked_attention":
         where[0, 3] = True
-        tensors[at][0, 1, 3, 2] = float("nan")
+        tensors[at][0, 1, 3, 2] = nan
         row = run(op, *tensors, where)[0, 1, where[0]]
     else:
-        tensors[at][3, 1, 2] = float("nan")
+        tensors[at][3, 1, 2] = nan
         row = run(op, *tensors, where)[:5, 1]
     assert row.isnan().any()
     if name == "k":
@@ -279,6 +283,30 @@ def test_logits_of_ten_thousand(cpu_path, op, sign):
     peak = torch.full_like(k.detach(), 100.0 / 4)  # every logit of a row the same
     out = check(op, [peak * sign, peak.requires_grad_(), v], where, scale=1.0)
     assert out.isfinite().all()
+
+
+@needs_library
+@BOTH
+@pytest.mark.parametrize("largest", [1e6, 1e8, 3e9, 1e12])
+def test_gradients_stay_finite_where_the_logarithm_of_sums_has_no_digits_left(cpu_path, op, largest):
+    (q, k, v), where = small(op, depth=16)
+    with torch.no_grad():
+        q.mul_(largest**0.5)
+        k.mul_(largest**0.5)
+    out = run(op, q, k, v, where, scale=1.0, backend="cpp")
+    upstream = torch.randn(out.shape)
+    assert out.isfinite().all()
+    got = gradients(out, [q, k, v], upstream)
+    assert all(g.isfinite().all() for g in got)
+    # The columns of P sum to the sum of dV: nothing of the incoming gradient is lost.
+    torch.testing.assert_close(got[2].sum(-2 if op == "masked_attention" else 0), _arrives(op, upstream, where))
+
+
+def _arrives(op, upstream, where):
+    """The incoming gradient of what takes part, summed over the tokens."""
+    if op == "masked_attention":
+        return (upstream * where[:, None, :, None]).sum(-2)
+    return upstream.sum(0)
 
 
 @needs_library

@@ -21,17 +21,13 @@ from compare import gradients
 
 import fastssl
 from fastssl import _library
+from fastssl.reference.packed_attention import packed_attention as packed_reference
 
 RAW = torch.ops.fastssl
 
 
 def raw(op, pass_name):
     return getattr(RAW, f"{op}_{pass_name}")
-
-
-def more(op):
-    """What the raw operators take after keep or cu_seqlens."""
-    return (0.25,) if op == "masked_attention" else (0, 0.25)
 
 
 # ---- repeatability, autograd, compilation ----------------------------------------------------------------------
@@ -63,6 +59,41 @@ def test_the_same_with_and_without_gradients(op):
     assert torch.equal(run(op, *tensors, where), run(op, *(x.detach() for x in tensors), where))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@BOTH
+def test_the_result_may_be_changed_in_place(op, backend):
+    """As that of scaled_dot_product_attention may."""
+    tensors, where = small(op)
+    upstream = torch.randn(tensors[0].shape)
+    expected = gradients(run(op, *tensors, where, backend=backend) * 2, tensors, upstream)
+    out = run(op, *tensors, where, backend=backend)
+    out.mul_(2)
+    for got, truth in zip(gradients(out, tensors, upstream), expected, strict=True):
+        assert torch.equal(got, truth)
+
+
+@needs_library
+@BOTH
+def test_forward_keeps_its_inputs_and_one_number_per_row(op):
+    tensors, where = small(op)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        run(op, *tensors, where)
+    inputs = {x.data_ptr() for x in (*tensors, where)}
+    (lse,) = (x for x in kept if x.data_ptr() not in inputs)
+    assert lse.numel() == tensors[0].numel() // tensors[0].shape[-1]
+
+
+@BOTH
+def test_under_autocast_the_reference_computes_in_float32_too(op):
+    """As all backends do."""
+    (q, k, v), where = small(op, grad=False)
+    alone = run(op, q, k, v, where, backend="reference")
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(run(op, q, k, v, where, backend="reference"), alone)
+
+
 @needs_library
 @BOTH
 @pytest.mark.parametrize("mask", [True, False])
@@ -85,10 +116,10 @@ def test_opcheck(op, dtype):
     else:
         cases += [([x[:0] for x in cases[0][0]], starts_of(())), ([x[:0] for x in cases[0][0]], starts_of((0, 0)))]
     for tensors, where in cases:
-        arguments = (*tensors, where, *more(op))
+        arguments = (*tensors, where, 0.25)
         torch.library.opcheck(raw(op, "forward"), arguments)
-        out, lse = raw(op, "forward")(*arguments)
-        torch.library.opcheck(raw(op, "backward"), (torch.randn_like(out), out, lse, *arguments))
+        _, lse = raw(op, "forward")(*arguments)
+        torch.library.opcheck(raw(op, "backward"), (torch.randn_like(tensors[0]), lse, *arguments))
 
 
 def steps(op):
@@ -202,14 +233,20 @@ def test_raw_operators_refuse_what_would_read_elsewhere():
         RAW.masked_attention_forward(q, k, v, keep[:, 1:], 1.0)
     out, lse = RAW.masked_attention_forward(q, k, v, keep, 1.0)
     with pytest.raises(RuntimeError, match="grad must have q's shape and dtype"):
-        RAW.masked_attention_backward(out[1:], out, lse, q, k, v, keep, 1.0)
+        RAW.masked_attention_backward(q[1:], lse, q, k, v, keep, 1.0)
+    with pytest.raises(RuntimeError, match=r"lse must be \(B, H, N\)"):
+        RAW.masked_attention_backward(q, lse[:, :, 1:], q, k, v, keep, 1.0)
+    assert out.shape == (3, 70, 2, 16)
     (q, k, v), starts = small("packed_attention", grad=False)
     with pytest.raises(RuntimeError, match="q, k and v must have one shape and dtype"):
-        RAW.packed_attention_forward(q, k, v.double(), starts, 0, 1.0)
+        RAW.packed_attention_forward(q, k, v.double(), starts, 1.0)
     with pytest.raises(RuntimeError, match="cu_seqlens must begin with 0 and end with T"):
-        RAW.packed_attention_forward(q, k, v, starts + 1, 0, 1.0)
+        RAW.packed_attention_forward(q, k, v, starts + 1, 1.0)
     with pytest.raises(RuntimeError, match="cu_seqlens must not fall"):
-        RAW.packed_attention_forward(q, k, v, torch.tensor([0, 50, 40, 85], dtype=torch.int32), 0, 1.0)
+        RAW.packed_attention_forward(q, k, v, torch.tensor([0, 50, 40, 85], dtype=torch.int32), 1.0)
+    _, lse = RAW.packed_attention_forward(q, k, v, starts, 1.0)
+    with pytest.raises(RuntimeError, match=r"lse must be \(H, T\)"):
+        RAW.packed_attention_backward(q, lse.double(), q, k, v, starts, 1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -326,6 +363,7 @@ ALIKE = [  # for both ops; `x` stands for a tensor that is right
     (dict(k=lambda x: x[0]), ValueError, r"k must be \(.*, d\), got \("),
     (dict(q=lambda x: x[None]), ValueError, r"q must be \(.*, d\), got \(1, "),
     (dict(scale="1"), TypeError, "scale must be a finite number, got str"),
+    (dict(scale=1e39), ValueError, r"scale must be at most 1e\+38 in size, got 1e\+39"),
     (dict(scale=float("nan")), ValueError, "scale must be a finite number, got nan"),
     (dict(backend="cuda"), ValueError, "backend must be one of .*, got 'cuda'"),
 ]
@@ -335,11 +373,14 @@ OF_ONE = {
         (dict(keep=KEEP.float()), TypeError, "keep must have dtype bool, got dtype float32"),
         (dict(keep=KEEP[:1]), ValueError, r"keep must be \(B, N\) = \(2, 5\) of q, got \(1, 5\)"),
         (dict(keep=KEEP[0]), ValueError, r"keep must be \(B, N\) = \(2, 5\) of q, got \(5,\)"),
+        (dict(keep=KEEP.to_sparse()), ValueError, "keep must be a dense"),
         (dict(keep=KEEP.to("meta")), ValueError, "keep must be on the device of q .cpu., got meta"),
     ],
     "packed_attention": [
         (dict(cu_seqlens=[0, 6]), TypeError, "cu_seqlens must be a Tensor, got list"),
         (dict(cu_seqlens=STARTS.float()), TypeError, "cu_seqlens must have dtype int32 or int64, got dtype float32"),
+        (dict(cu_seqlens=STARTS.to_sparse()), ValueError, "cu_seqlens must be a dense"),
+        (dict(cu_seqlens=STARTS[:1]), ValueError, r"cu_seqlens must end with T = 6, got \(1,\)"),
         (dict(cu_seqlens=STARTS.to("meta")), ValueError, "cu_seqlens must be on the device of q .cpu., got meta"),
         (dict(cu_seqlens=STARTS[None]), ValueError, r"cu_seqlens must be \(S \+ 1,\), got \(1, 3\)"),
         (dict(cu_seqlens=STARTS[:0]), ValueError, r"cu_seqlens must be \(S \+ 1,\), got \(0,\)"),
@@ -368,6 +409,13 @@ def test_bad_input_is_one_sentence(op, change, error, message):
     if "backend" not in given:
         with pytest.raises(error, match=message):
             fastssl.explain(op, **given)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 6), (0, 2, 5), (0, 4, 2, 6)])
+def test_the_reference_checks_what_it_reads(numbers):
+    """Also where the front door cannot: on a GPU, and while compiling."""
+    with pytest.raises(ValueError, match=r"^packed_attention: cu_seqlens must rise from 0 to T = 6, got \["):
+        packed_reference(T, T, T, torch.tensor(numbers))
 
 
 @BOTH

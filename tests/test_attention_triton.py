@@ -317,7 +317,7 @@ def test_opcheck():
         arguments = (q, k, v, keep, 0.25)
         torch.library.opcheck(torch.ops.fastssl.masked_attention_forward_triton, arguments)
         out, lse = run("masked_attention_forward", *arguments)
-        arguments = (torch.randn_like(out), out, lse, *arguments)
+        arguments = (torch.randn_like(q), out, lse, *arguments)
         torch.library.opcheck(torch.ops.fastssl.masked_attention_backward_triton, arguments)
     q, k, v = (x.detach() for x in packed(20, 2, 16))
     arguments = (q, k, v, starts(5, 15).int(), 15, 0.25)

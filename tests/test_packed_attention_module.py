@@ -290,6 +290,61 @@ def test_compiled_whole(kind, backend):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
+@needs_library
+@pytest.mark.parametrize("mask", [False, True])
+def test_lengths_that_change_from_batch_to_batch_are_not_compiled_anew(mask):
+    torch._dynamo.reset()
+    compiled = torch.compile(PackedAttention(DIM, HEADS), fullgraph=True, backend="eager")
+
+    def make(n):
+        x = torch.randn(3, n, DIM)
+        return fastssl.pack(x, keep_some(3, n)) if mask else fastssl.pack([x, x[0, 1:]])
+
+    for n in (9, 12):
+        compiled(make(n))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in range(13, 30):
+            assert compiled(make(n)).values.isfinite().all()
+
+
+@needs_library
+def test_exported():
+    attention, packed = PackedAttention(DIM, HEADS), fastssl.pack(torch.randn(3, 9, DIM), keep_some(3, 9))
+    program = torch.export.export(attention, (packed,))
+    torch.testing.assert_close(program.module()(packed).values, attention(packed).values)
+
+
+class Adapted(nn.Module):
+    """A linear layer with something of low rank beside it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.down = linear, nn.Linear(linear.in_features, 2)
+        self.up = nn.Linear(2, linear.out_features)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+def test_attention_rows_of_an_adapted_projection():
+    attention, x = PackedAttention(DIM, HEADS), torch.randn(2, 9, DIM)
+    attention.qkv = Adapted(attention.qkv)
+    q, k, _ = attention.qkv(x).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    expected = (attention.scale * q @ k.mT).softmax(-1)[:, :, [0, 4]]
+    torch.testing.assert_close(attention.attention_rows(x, [0, 4]), expected)
+
+
+def test_attention_rows_under_autocast_have_logits_of_float32():
+    attention, x = PackedAttention(DIM, HEADS), torch.randn(2, 9, DIM) * 600
+    with torch.autocast("cpu", torch.float16):
+        rows = attention.attention_rows(x, [0])
+        q, k, _ = attention.qkv(x).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    logits = attention.scale * q.float() @ k.float().mT
+    assert logits.abs().max() > 65504
+    assert rows.dtype == torch.float16
+    torch.testing.assert_close(rows, logits.softmax(-1)[:, :, :1].half())
+
+
 X, KEEP = torch.randn(2, 5, DIM), torch.ones(2, 5, dtype=torch.bool)
 PACKED = fastssl.pack(X)
 BAD_CALLS = [
@@ -301,6 +356,11 @@ BAD_CALLS = [
     (dict(x=X, keep=KEEP.int()), TypeError, "keep must be None or a Tensor of dtype bool, got dtype int32"),
     (dict(x=X, keep=KEEP[:, 1:]), ValueError, r"keep must be \(B, N\) = \(2, 5\) of x, got \(2, 4\)"),
     (dict(x=X, keep=KEEP.to("meta")), ValueError, "keep must be on the device of x .cpu., got meta"),
+    (
+        dict(x=X, keep=KEEP.to_sparse()),
+        ValueError,
+        r"keep must be a dense \(strided\) tensor, got layout torch.sparse_coo",
+    ),
     (dict(x=PACKED, keep=KEEP), ValueError, "keep must be None for PackedTokens, got Tensor"),
     (dict(x=PACKED.replace(X[0, :, 0].repeat(2))), ValueError, r"x.values must be \(T, C\) with C = 24, got \(10,\)"),
 ]
@@ -308,6 +368,7 @@ BAD_ROWS = [
     (dict(queries=[5]), ValueError, "queries must be tokens of 5, got 5"),
     (dict(queries=[0, -6]), ValueError, "queries must be tokens of 5, got -6"),
     (dict(queries=torch.tensor([7])), ValueError, "queries must be tokens of 5, got 7"),
+    (dict(queries=torch.tensor([0]).to("meta")), ValueError, "queries must be on the device of x .cpu., got meta"),
     (dict(queries=0), TypeError, r"queries must be ints or a \(k,\) int64 tensor, got 0"),
     (dict(queries=[0.5]), TypeError, r"queries must be ints or a \(k,\) int64 tensor, got \[0.5\]"),
     (dict(queries=torch.tensor(0)), ValueError, r"queries must be ints or .*, got \(\) of dtype int64"),

@@ -190,6 +190,9 @@ def test_gradients():
     (gradient,) = torch.autograd.grad(fastssl.pack(x, keep).values.sum(), x)
     assert torch.equal(gradient, keep[..., None].expand_as(x).double())
     assert torch.equal(torch.func.grad(lambda x: kept(x)[1].sum())(x.detach()), 2 * x.detach() * keep[..., None])
+    hessian = torch.func.hessian(lambda x: fastssl.pack(x, keep).values.pow(3).sum())(x.detach())
+    expected = 6 * (x.detach() * keep[..., None]).flatten()
+    torch.testing.assert_close(hessian.reshape(x.numel(), x.numel()), torch.diag(expected))
     doubled = torch.vmap(lambda x: fastssl.pack(x, keep).values)(torch.stack((x, 2 * x)))
     assert torch.equal(doubled[1], 2 * doubled[0])
 
@@ -206,6 +209,8 @@ def test_it_is_a_pytree_a_dataclass_and_a_value():
             assert other.lengths == packed.lengths
             assert torch.equal(other.values, packed.values)
             assert torch.equal(other[2], packed[2])
+    keys = [str(path[0]) for path, _ in pytree.tree_flatten_with_path(fastssl.pack(x, keep))[0]]
+    assert keys == [".values", ".cu_seqlens", ".kept"]
     from torch.nn.parallel.distributed import _find_tensors
 
     assert len(list(_find_tensors(fastssl.pack(x, keep)))) == 3

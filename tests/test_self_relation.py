@@ -170,8 +170,9 @@ def test_logits_of_any_finite_size(cpu_path, logit, tokens):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.tensor(-1, dtype=torch.int32).view(torch.float32)])
 def test_nan_is_not_hidden(backend, normalize, value):
+    """The last one as memory full of 0xFF has it."""
     if backend == "cpp" and not _library.loaded():
         pytest.skip(_library.why_not)
     x = torch.randn(1, 20, 8)

@@ -79,25 +79,25 @@ void clear_dropped(const Attention& op, const Tensor& rows, int64_t row_elements
       });
 }
 
+// The output as (B, N, H, d).
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keep,
                                    double scale) {
   Attention op = describe(q, k, v, keep, scale);
-  Tensor memory = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)});
-  Tensor out = torch::stable::transpose(memory, 1, 2);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)});
   Tensor lse =
       torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)},
                                op.q.dtype == Dtype::kDouble ? ScalarType::Double : ScalarType::Float);
-  op.streams = is_large(memory);
-  clear_dropped(op, memory, op.heads * op.depth);
+  op.streams = is_large(out);
+  clear_dropped(op, out, op.heads * op.depth);
   if (!op.dropped.empty()) torch::stable::zero_(lse);
-  op.out = rows_of(out);
+  op.out = {out.data_ptr(), op.q.dtype, out.stride(0), out.stride(2), out.stride(1), 1};
   op.lse = lse_of(lse);
   attention_forward(op);
   return {out, lse};
 }
 
-Tensor backward(const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-                const Tensor& v, const Tensor& keep, double scale) {
+Tensor backward(const Tensor& grad, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                const Tensor& keep, double scale) {
   Attention op = describe(q, k, v, keep, scale);
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == q.size(0) && grad.size(1) == q.size(1) &&
                       grad.size(2) == q.size(2) && grad.size(3) == q.size(3) &&

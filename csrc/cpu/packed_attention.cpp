@@ -94,7 +94,7 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& cu_seqlens, int64_t max_seqlen, double scale) {
+                                   const Tensor& cu_seqlens, double scale) {
   Attention op = describe(q, k, v, cu_seqlens, scale);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(
@@ -106,8 +106,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-Tensor backward(const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k,
-                const Tensor& v, const Tensor& cu_seqlens, int64_t max_seqlen, double scale) {
+Tensor backward(const Tensor& grad, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                const Tensor& cu_seqlens, double scale) {
   Attention op = describe(q, k, v, cu_seqlens, scale);
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == q.size(0) && grad.size(1) == q.size(1) &&
                       grad.size(2) == q.size(2) && grad.scalar_type() == q.scalar_type(),

@@ -170,12 +170,18 @@ struct Head {
       ask();
     }
   }
+  // The maxima of one vector of queries.
+  template <int64_t LD>
+  FASTSSL_INLINE Vec<T> peaks(const T* column) const {
+    Vec<T> peak = load<T>(column);
+    for (int64_t j = 1; j < sequence.count; ++j) peak = max<T>(peak, load<T>(column + j * LD));
+    return peak;
+  }
   // Logits of one vector of queries become 2^(logits − maximum); returns the maximum, leaves the sum.
   template <int64_t LD>
   FASTSSL_INLINE Vec<T> exponentials(T* column, Vec<T>& sum) const {
     const int64_t n = sequence.count;
-    Vec<T> peak = load<T>(column);
-    for (int64_t j = 1; j < n; ++j) peak = max<T>(peak, load<T>(column + j * LD));
+    const Vec<T> peak = peaks<LD>(column);
     Vec<T> sums[2] = {};
     for (int64_t j = 0; j < n; ++j) {
       const Vec<T> p = exp2(load<T>(column + j * LD) - peak);
@@ -194,11 +200,14 @@ struct Head {
       lse[l] = *static_cast<const T*>(element(op.lse, sequence.image, head, token(i + l)));
     return lse * static_cast<T>(kLog2E);
   }
-  // One vector of queries: logits become P, slopes (dO Vᵀ) become dS = P (slopes − Σ P slopes). lse is near
-  // enough to shift by; its rounding leaves P with the sum.
+  // One vector of queries: logits become P, slopes (dO Vᵀ) become dS = P (slopes − Σ P slopes). Any shift
+  // near the maximum will do, as P is divided by its sum; the rounding of a large lse may be too far from it.
   template <int64_t LD>
   FASTSSL_INLINE void slopes_of_logits(T* column, T* slope, Vec<T> lse) const {
     const int64_t n = sequence.count;
+    bool near = true;
+    for (int lane = 0; lane < W; ++lane) near &= std::abs(lse[lane]) < T{1 << 20};
+    if (!near) lse = peaks<LD>(column);
     Vec<T> sums[2] = {}, products[2] = {};
     for (int64_t j = 0; j < n; ++j) {
       const Vec<T> p = exp2(load<T>(column + j * LD) - lse);

@@ -211,12 +211,12 @@ FASTSSL_INLINE void store_part(S* p, Vec<T> v, int64_t count) {
 // ---- exp2
 // ------------------------------------------------------------------------------------------------------
 
-// 2^t for t <= 0 or small: t = n + f with |f| <= 1/2, a degree-5 minimax polynomial for 2^f (relative
-// error 1.7e-7) whose exponent is raised by n. Zero below the smallest normal number; NaN stays NaN.
+// 2^t for t <= 0 or small: t = n + f with |f| <= 1/2, a degree-5 minimax polynomial for 2^f (relative error
+// 1.7e-7), times 2^n. Zero below the smallest normal number; any NaN stays one, whatever its bits.
 FASTSSL_INLINE Vec<float> exp2(Vec<float> t) {
   using V = Vec<float>;
   using I = Simd<float>::I;
-  const float magic = 0x1.8p23f;  // adding it leaves round(t) in the low bits of the mantissa
+  const float magic = 0x1.8p23f + 127;  // adding it leaves round(t) + 127 in the low bits of the mantissa
   const V shifted = t + magic;
   const V f = t - (shifted - magic);
   V p = V{} + 0.0013264722656458616f;
@@ -225,9 +225,9 @@ FASTSSL_INLINE Vec<float> exp2(Vec<float> t) {
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
-  const I result = bits_as<I>(p) + (bits_as<I>(shifted) << 23);
+  const V power = bits_as<V>(bits_as<I>(shifted) << 23);
   const I vanishes = bits_as<I>(t < V{} - 126.0f);
-  return bits_as<V>(result & ~vanishes);
+  return bits_as<V>(bits_as<I>(p * power) & ~vanishes);
 }
 FASTSSL_INLINE Vec<double> exp2(Vec<double> t) {
   for (int l = 0; l < Simd<double>::kWidth; ++l) t[l] = std::exp2(t[l]);

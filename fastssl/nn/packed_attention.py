@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import _checks
+from fastssl._autocast import without_autocast
 from fastssl.ops._qkv import qkv_masked_attention, qkv_packed_attention
 from fastssl.packed_tokens import PackedTokens
 
@@ -105,7 +106,7 @@ class PackedAttention(nn.Module):
         Args:
             x: tokens (B, N, C), or PackedTokens.
             queries: the k tokens, numbered within each image or sequence: ints, negative ones counting from the end, or
-                a (k,) int64 tensor, whose values are checked where it is on the CPU.
+                a (k,) int64 tensor on the device of x, from 0 on, whose values are checked on the CPU alone.
             keep: for (B, N, C), (B, N) bool, True: the token is kept; None keeps all.
 
         Returns:
@@ -123,10 +124,10 @@ class PackedAttention(nn.Module):
             for length, run in itertools.groupby(lengths):  # crops of one size are one batch
                 count = len(list(run))
                 crops = x.values[begin : begin + count * length].view(count, length, self.dim)
-                rows += self._rows(crops, self._queries(queries, length), None).unbind(0)
+                rows += self._rows(crops, self._queries(queries, length, crops), None).unbind(0)
                 begin += count * length
             return rows
-        return self._rows(x, self._queries(queries, x.shape[1]), keep)
+        return self._rows(x, self._queries(queries, x.shape[1], x), keep)
 
     def _rows(self, x: Tensor, queries: list[int] | Tensor, keep: Tensor | None) -> Tensor:
         if isinstance(queries, Tensor):
@@ -134,11 +135,10 @@ class PackedAttention(nn.Module):
         else:  # one by one: no index has to get to a GPU
             chosen = torch.stack([x[:, i] for i in queries], 1) if queries else x[:, :0]
         q, k = (
-            nn.functional.linear(tokens, *self._part(part)).unflatten(2, (self.num_heads, self.head_dim))
+            self._part(tokens, part).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
             for part, tokens in enumerate((chosen, x))
         )
-        work = torch.promote_types(q.dtype, torch.float32)
-        logits = self.scale * q.to(work).transpose(1, 2) @ k.to(work).permute(0, 2, 3, 1)
+        logits = _logits(q, k, self.scale)
         if keep is None:
             return logits.softmax(-1).to(q.dtype)
         # The smallest number in place of −inf: an image that keeps nothing is then 0, not NaN.
@@ -149,11 +149,14 @@ class PackedAttention(nn.Module):
             asks = torch.stack([keep[:, i] for i in queries], 1) if queries else keep[:, :0]
         return torch.where(asks[:, None, :, None], logits.softmax(-1), 0.0).to(q.dtype)
 
-    def _part(self, part: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the queries' (0) or the keys' (1) projection."""
+    def _part(self, x: Tensor, part: int) -> Tensor:
+        """The queries (0) or keys (1) of tokens; what stands in for a plain qkv (LoRA) is asked for all three."""
         rows = slice(part * self.dim, (part + 1) * self.dim)
+        if type(self.qkv) is not nn.Linear:
+            of_any_kind: Tensor = self.qkv(x)
+            return of_any_kind[..., rows]
         bias = self.qkv.bias
-        return self.qkv.weight[rows], None if bias is None else bias[rows]
+        return nn.functional.linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
 
     def _check(self, x: Any, keep: Any) -> None:
         if isinstance(x, PackedTokens):
@@ -173,17 +176,19 @@ class PackedAttention(nn.Module):
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
             got = f"dtype {str(keep.dtype)[6:]}" if isinstance(keep, Tensor) else type(keep).__name__
             raise TypeError(f"{_OP}: keep must be None or a Tensor of dtype bool, got {got}")
+        _checks.check_strided(_OP, "keep", keep)
         _checks.check_same_device(_OP, "keep", keep, "x", x)
         if keep.shape != x.shape[:2]:
             raise ValueError(f"{_OP}: keep must be (B, N) = {tuple(x.shape[:2])} of x, got {_checks.shape(keep)}")
 
-    def _queries(self, queries: Any, length: int) -> list[int] | Tensor:
+    def _queries(self, queries: Any, length: int, x: Tensor) -> list[int] | Tensor:
         """As a list within `length`, or a GPU's tensor, as it is."""
         if isinstance(queries, Tensor):
             if queries.dtype != torch.int64 or queries.dim() != 1:
                 got = f"{_checks.shape(queries)} of dtype {str(queries.dtype)[6:]}"
                 raise ValueError(f"{_OP}: queries must be ints or a (k,) int64 tensor, got {got}")
             if queries.device.type != "cpu" or torch.compiler.is_compiling():
+                _checks.check_same_device(_OP, "queries", queries, "x", x)
                 return queries
             queries = queries.tolist()
         if not isinstance(queries, list | tuple) or not all(type(i) is int for i in queries):
@@ -195,3 +200,10 @@ class PackedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, scale={self.scale:.4g}"
+
+
+@without_autocast
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(B, H, k, N), in float32 at least."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    return scale * q.to(work) @ k.to(work).transpose(-1, -2)

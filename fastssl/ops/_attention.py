@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastssl import _checks
 from fastssl._backends import Call
@@ -28,7 +29,16 @@ def check_heads(op: str, q: Any, k: Any, v: Any, letters: tuple[str, ...], scale
     if scale is None:
         return float(q.shape[-1] ** -0.5)
     _checks.check_number(op, "scale", scale)
+    largest = 1e308 if torch.float64 in (q.dtype, k.dtype, v.dtype) else 1e38
+    if abs(scale) > largest:
+        raise ValueError(f"{op}: scale must be at most {largest} in size, got {scale}")
     return float(scale)
+
+
+def kept_for_backward(backend: str, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """One number per row, the logarithm of its sum of exponentials; on a GPU also the output, from which its backward
+    takes Σ P dP. On a CPU that sum is at hand."""
+    return output[1:] if backend == "cpp" else output
 
 
 def cpp_limits(call: Call) -> list[str]:

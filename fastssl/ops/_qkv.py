@@ -13,6 +13,7 @@ from torch import Tensor
 from fastssl._backends import select
 from fastssl.ops import masked_attention as masked
 from fastssl.ops import packed_attention as packed
+from fastssl.ops._attention import kept_for_backward
 from fastssl.ops._gradients import first_derivatives_only, save, saved
 from fastssl.reference.masked_attention import masked_attention as masked_reference
 from fastssl.reference.packed_attention import packed_attention as packed_reference
@@ -28,7 +29,7 @@ def qkv_masked_attention(qkv: Tensor, keep: Tensor | None, scale: float | None =
     if _needs_function(args.needs_grad):
         result: Tensor = _QkvMasked.apply(qkv, args.tensors[3], args.scale, chosen)[0]
         return result
-    return masked._forward(chosen, *args.tensors, args.scale)[0].transpose(1, 2)
+    return masked._forward(chosen, *args.tensors, args.scale)[0]
 
 
 def qkv_packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float | None = None) -> Tensor:
@@ -57,24 +58,23 @@ def _image_heads(qkv: Tensor) -> list[Tensor]:
 class _QkvMasked(torch.autograd.Function):
     @staticmethod
     def forward(qkv: Tensor, keep: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-        out, lse = masked._forward(backend, *_image_heads(qkv), keep, scale)
-        return out.transpose(1, 2), lse
+        return masked._forward(backend, *_image_heads(qkv), keep, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         qkv, keep, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        save(ctx, (*output, qkv, keep))
+        save(ctx, (*kept_for_backward(ctx.backend, output), qkv, keep))
 
     @staticmethod
     @first_derivatives_only("masked_attention")
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 4
-        out, lse, qkv, keep = saved(ctx)
-        tensors = (out.transpose(1, 2), lse, *_image_heads(qkv), keep)
-        return masked.backward_of(ctx.backend, grad.transpose(1, 2), tensors, ctx.scale), None, None, None
+        *kept, qkv, keep = saved(ctx)
+        tensors = (*kept, *_image_heads(qkv), keep)
+        return masked.backward_of(ctx.backend, grad, tensors, ctx.scale), None, None, None
 
 
 class _QkvPacked(torch.autograd.Function):
@@ -87,14 +87,14 @@ class _QkvPacked(torch.autograd.Function):
         qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        save(ctx, (*output, qkv, cu_seqlens))
+        save(ctx, (*kept_for_backward(ctx.backend, output), qkv, cu_seqlens))
 
     @staticmethod
     @first_derivatives_only("packed_attention")
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 5
-        out, lse, qkv, cu_seqlens = saved(ctx)
-        tensors = (out, lse, *qkv.unbind(1), cu_seqlens)
+        *kept, qkv, cu_seqlens = saved(ctx)
+        tensors = (*kept, *qkv.unbind(1), cu_seqlens)
         gradient = packed.backward_of(ctx.backend, grad, tensors, ctx.max_seqlen, ctx.scale)
         return gradient, None, None, None, None

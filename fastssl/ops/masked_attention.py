@@ -10,7 +10,7 @@ from torch import Tensor
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._attention import check_heads, cpp_limits, triton_limits
+from fastssl.ops._attention import check_heads, cpp_limits, kept_for_backward, triton_limits
 from fastssl.ops._gradients import first_derivatives_only, save, saved, wants_gradient
 from fastssl.reference.masked_attention import masked_attention as _reference
 
@@ -63,8 +63,9 @@ def masked_attention(
     # Forward-mode derivatives would be lost in a raw operator; the Function refuses them.
     if args.needs_grad or torch.autograd.forward_ad._current_level >= 0:
         result: Tensor = _MaskedAttention.apply(*args.tensors, args.scale, chosen)[0]
-        return result
-    return _forward(chosen, *args.tensors, args.scale)[0]
+    else:
+        result = _forward(chosen, *args.tensors, args.scale)[0]
+    return result.transpose(1, 2)
 
 
 class _Args(NamedTuple):
@@ -85,6 +86,7 @@ def _check(q: Any, k: Any, v: Any, keep: Any, scale: Any) -> _Args:
             raise TypeError(f"{_OP}: keep must be None or a Tensor, got {type(keep).__name__}")
         if keep.dtype != torch.bool:
             raise TypeError(f"{_OP}: keep must have dtype bool, got dtype {str(keep.dtype).removeprefix('torch.')}")
+        _checks.check_strided(_OP, "keep", keep)
         _checks.check_same_device(_OP, "keep", keep, "q", q)
         if tuple(keep.shape) != (batch, length):
             raise ValueError(f"{_OP}: keep must be (B, N) = {(batch, length)} of q, got {_checks.shape(keep)}")
@@ -105,20 +107,20 @@ def _call(args: _Args) -> Call:
 def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     ops = torch.ops.fastssl
     run = ops.masked_attention_forward if backend == "cpp" else ops.masked_attention_forward_triton
-    results: tuple[Tensor, Tensor] = run(*arguments)
+    results: tuple[Tensor, Tensor] = run(*arguments)  # (B, N, H, d), and (B, H, N)
     return results
 
 
 def backward_of(backend: str, grad: Tensor, saved_tensors: Any, scale: float) -> Tensor:
-    """(B, N, 3, H, d): the gradients of q, k and v side by side, as a qkv projection has them."""
+    """(B, N, 3, H, d): the gradients of q, k and v side by side, as a qkv projection has them; grad is (B, N, H, d)."""
     ops = torch.ops.fastssl
     run = ops.masked_attention_backward if backend == "cpp" else ops.masked_attention_backward_triton
-    result: Tensor = run(grad, *saved_tensors, scale)
+    result: Tensor = run(grad.transpose(1, 2), *saved_tensors, scale)
     return result
 
 
 class _MaskedAttention(torch.autograd.Function):
-    """Saves q, k, v, the output and one number per row, the logarithm of its sum of exponentials."""
+    """Saves q, k, v and what `kept_for_backward` says."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ class _MaskedAttention(torch.autograd.Function):
         *tensors, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        save(ctx, (*output, *tensors))
+        save(ctx, (*kept_for_backward(ctx.backend, output), *tensors))
 
     @staticmethod
     @first_derivatives_only(_OP)
@@ -142,22 +144,19 @@ class _MaskedAttention(torch.autograd.Function):
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor keep, float scale"
-_FORWARD = f"masked_attention_forward({_ARGUMENTS}) -> (Tensor, Tensor)"
-_BACKWARD = f"masked_attention_backward(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor"
+_FORWARD = f"masked_attention_forward_triton({_ARGUMENTS}) -> (Tensor, Tensor)"
+_BACKWARD = f"masked_attention_backward_triton(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor"
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, length, depth = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty((batch, length, heads, depth)).transpose(1, 2)
-    return out, q.new_empty((batch, heads, length), dtype=work)
+    return q.new_empty((batch, length, heads, depth)), q.new_empty((batch, heads, length), dtype=work)
 
 
-def _fake_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float
-) -> Tensor:
-    batch, heads, length, depth = q.shape
-    return q.new_empty((batch, length, 3, heads, depth))
+def _fake_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    batch, heads, length, depth = grad.shape
+    return grad.new_empty((batch, length, 3, heads, depth))
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -174,8 +173,8 @@ def _triton_backward(*args: Any) -> Tensor:
 
 _library.register_fake("masked_attention_forward", _fake_forward)
 _library.register_fake("masked_attention_backward", _fake_backward)
-_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, _fake_forward)
-_library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
+_library.define(_FORWARD, _triton_forward, _fake_forward)
+_library.define(_BACKWARD, _triton_backward, _fake_backward)
 
 register(
     Op(

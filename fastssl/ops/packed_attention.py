@@ -11,7 +11,7 @@ from torch import Tensor
 from fastssl import _checks, _library
 from fastssl._backends import FLOATING, HALF_AND_SINGLE, Backend, Call, Op, always, register, select
 from fastssl.kernels import why_not as _triton_missing
-from fastssl.ops._attention import check_heads, cpp_limits, triton_limits
+from fastssl.ops._attention import check_heads, cpp_limits, kept_for_backward, triton_limits
 from fastssl.ops._gradients import first_derivatives_only, save, saved, wants_gradient
 from fastssl.reference.packed_attention import packed_attention as _reference
 
@@ -43,7 +43,8 @@ def packed_attention(
             (T, 3, H, d) tensor are read where they are. Arithmetic is float32 (float64 if any of them is float64).
         cu_seqlens: (S + 1,) int32 or int64, where each of S sequences begins, and T at the end, as
             `torch.nn.attention.varlen` has it. Lengths of zero are fine. On the CPU its values are checked; on a GPU
-            that would mean to wait for it, and the kernels read no further than T.
+            that would mean to wait for it: the kernels then read and write no further than T, and rows that are in no
+            sequence are left undefined.
         max_seqlen: a hint, at least the longest sequence's length, from which GPU kernels choose their tiles.
         scale: factor of the dot products; None means d**-0.5.
         backend: "reference", "cpp" or "triton" forces one; None chooses.
@@ -86,9 +87,12 @@ def _check(q: Any, k: Any, v: Any, cu_seqlens: Any, max_seqlen: Any, scale: Any)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = str(cu_seqlens.dtype).removeprefix("torch.")
         raise TypeError(f"{_OP}: cu_seqlens must have dtype int32 or int64, got dtype {kind}")
+    _checks.check_strided(_OP, "cu_seqlens", cu_seqlens)
     _checks.check_same_device(_OP, "cu_seqlens", cu_seqlens, "q", q)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{_OP}: cu_seqlens must be (S + 1,), got {_checks.shape(cu_seqlens)}")
+    if cu_seqlens.shape[0] == 1 and q.shape[0] > 0:
+        raise ValueError(f"{_OP}: cu_seqlens must end with T = {q.shape[0]}, got {_checks.shape(cu_seqlens)}")
     if max_seqlen is not None:
         _checks.check_count(_OP, "max_seqlen", max_seqlen)
     if q.shape[0] > 2**31 - 1:
@@ -127,21 +131,28 @@ def _call(args: _Args) -> Call:
 
 def _forward(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     ops = torch.ops.fastssl
-    run = ops.packed_attention_forward if backend == "cpp" else ops.packed_attention_forward_triton
-    results: tuple[Tensor, Tensor] = run(*arguments)
+    results: tuple[Tensor, Tensor]
+    if backend == "cpp":
+        *tensors, _, scale = arguments  # it finds the lengths itself
+        results = ops.packed_attention_forward(*tensors, scale)
+    else:
+        results = ops.packed_attention_forward_triton(*arguments)
     return results
 
 
 def backward_of(backend: str, grad: Tensor, saved_tensors: Any, max_seqlen: int, scale: float) -> Tensor:
     """(T, 3, H, d): the gradients of q, k and v side by side, as a qkv projection has them."""
     ops = torch.ops.fastssl
-    run = ops.packed_attention_backward if backend == "cpp" else ops.packed_attention_backward_triton
-    result: Tensor = run(grad, *saved_tensors, max_seqlen, scale)
+    result: Tensor
+    if backend == "cpp":
+        result = ops.packed_attention_backward(grad, *saved_tensors, scale)
+    else:
+        result = ops.packed_attention_backward_triton(grad, *saved_tensors, max_seqlen, scale)
     return result
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Saves q, k, v, the output and one number per row, the logarithm of its sum of exponentials."""
+    """Saves q, k, v and what `kept_for_backward` says."""
 
     @staticmethod
     def forward(
@@ -154,7 +165,7 @@ class _PackedAttention(torch.autograd.Function):
         *tensors, ctx.max_seqlen, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        save(ctx, (*output, *tensors))
+        save(ctx, (*kept_for_backward(ctx.backend, output), *tensors))
 
     @staticmethod
     @first_derivatives_only(_OP)
@@ -166,32 +177,21 @@ class _PackedAttention(torch.autograd.Function):
         return tuple(g if wants else None for g, wants in wanted) + (None,) * 4
 
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float scale"
-_FORWARD = f"packed_attention_forward({_ARGUMENTS}) -> (Tensor, Tensor)"
-_BACKWARD = f"packed_attention_backward(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor"
+# max_seqlen is symbolic: graphs are for any of it.
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float scale"
+_FORWARD = f"packed_attention_forward_triton({_ARGUMENTS}) -> (Tensor, Tensor)"
+_BACKWARD = f"packed_attention_backward_triton(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> Tensor"
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     total, heads, depth = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((total, heads, depth)), q.new_empty((heads, total), dtype=work)
 
 
-def _fake_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-) -> Tensor:
-    total, heads, depth = q.shape
-    return q.new_empty((total, 3, heads, depth))
+def _fake_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    total, heads, depth = grad.shape
+    return grad.new_empty((total, 3, heads, depth))
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -208,8 +208,8 @@ def _triton_backward(*args: Any) -> Tensor:
 
 _library.register_fake("packed_attention_forward", _fake_forward)
 _library.register_fake("packed_attention_backward", _fake_backward)
-_library.define(_FORWARD.replace("(", "_triton(", 1), _triton_forward, _fake_forward)
-_library.define(_BACKWARD.replace("(", "_triton(", 1), _triton_backward, _fake_backward)
+_library.define(_FORWARD, _triton_forward, _fake_forward)
+_library.define(_BACKWARD, _triton_backward, _fake_backward)
 
 register(
     Op(

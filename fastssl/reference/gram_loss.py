@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl._autocast import without_autocast
 from fastssl.reference.self_relation import normalize_rows, tokens
 
 
+@without_autocast
 def gram_loss(
     student: Tensor,
     teacher: Tensor,

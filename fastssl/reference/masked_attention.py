@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl._autocast import without_autocast
 
+
+@without_autocast
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, *, scale: float | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v among the kept tokens of each image; zero for the others.
 

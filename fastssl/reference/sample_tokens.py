@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl._autocast import without_autocast
 
+
+@without_autocast
 def sample_tokens(x: Tensor, grid: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
     """grid_sample of the map that the tokens lie in, as tokens again: bilinear, zeros outside, align_corners=False.
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl._autocast import without_autocast
+
 #: A row whose norm is not above this is left zero by `normalize=True`, with zero gradient.
 NORM_EPS = 1e-12
 
 
+@without_autocast
 def self_relation(
     x: Tensor,
     *,

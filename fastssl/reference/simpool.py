@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl._autocast import without_autocast
 from fastssl.reference.self_relation import tokens
 
 
+@without_autocast
 def simpool(
     x: Tensor,
     wq: Tensor,
