@@ -14,14 +14,12 @@ _R = TypeVar("_R")
 
 
 def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`function` outside of any autocast for the device of its first argument, which would multiply in half precision
-    what was made float32 for the purpose."""
+    """`function` outside of any autocast for the device of its first tensor, which would multiply in half precision what
+    was made float32 for the purpose."""
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        first = args[0]
-        assert isinstance(first, Tensor)
-        device = first.device.type
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
