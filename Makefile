@@ -3,6 +3,8 @@
 # make proofs every Triton configuration and CUDA kernel on every architecture
 # make bench  measures this machine; results in benches/results
 # make gpu    on a machine with a GPU and a torch of its own: build, test, measure, without a network
+# make gpu-rehearsal  the same on the CPU, so that no minute on a GPU goes to a typing error
+# make gpu-static     every GPU kernel as its compiler sees it, compared with benches/static; no GPU needed
 # make check  ruff, mypy, clang-format
 # make clean
 
@@ -18,7 +20,7 @@ BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses $(WORKERS) --dist worksteal
 SOURCES = $(shell find csrc -type f)
 
-.PHONY: demo test proofs bench gpu check format clean
+.PHONY: demo test proofs bench gpu gpu-rehearsal gpu-static check format clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m fastssl demo $(ARGS)
@@ -36,6 +38,12 @@ bench: $(VENV)/.built
 
 gpu:
 	$(PYTHON) benches/gpu.py $(ARGS)
+
+gpu-rehearsal: $(VENV)/.built
+	$(BIN)/python benches/gpu.py --rehearse --deadline 900 $(ARGS)
+
+gpu-static: $(VENV)/.built
+	$(BIN)/python benches/gpu_static.py $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -14,8 +14,8 @@ _R = TypeVar("_R")
 
 
 def without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`function` outside of any autocast for the device of its first tensor, which would multiply in half precision what
-    was made float32 for the purpose."""
+    """`function` outside of any autocast for the device of its first tensor, which would multiply in half precision
+    what was made float32 for the purpose."""
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -1,5 +1,6 @@
 """What every test shares: seeds, poisoned memory, float32 that is float32, and a list of what was not run and why."""
 
+import contextlib
 import os
 
 # Several processes of tests on the same cores: a thread that waits must not keep one from another process.
@@ -12,9 +13,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gpu_rehearsal
 import pytest
+from no_gpu import NoGpu
 
 from fastssl import _library
+
+if gpu_rehearsal.ASKED:
+    gpu_rehearsal.pretend()
 
 CPU_PATHS = list(_library.module.supported_cpu_paths()) if _library.loaded() else []
 
@@ -36,6 +42,18 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _rehearsal():
+    """What a rehearsed test places on the GPU stays on the CPU."""
+    with NoGpu() if gpu_rehearsal.ASKED else contextlib.nullcontext():
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    if gpu_rehearsal.ASKED:
+        items[:] = gpu_rehearsal.choose(items)
 
 
 @pytest.fixture(params=CPU_PATHS or ["none"])

@@ -1,5 +1,6 @@
 """masked_attention and packed_attention against their float64 references, on every code path of the CPU."""
 
+import gpu_rehearsal
 import pytest
 import torch
 import torch.nn.functional as F
@@ -409,7 +410,10 @@ def test_masked_and_packed_agree(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("depth", [16, 40, 64, 128])
 def test_triton_on_gpu(op, dtype, depth):
-    for tokens in ((3, 197), (2, 1100)) if op == "masked_attention" else (LENGTHS,):
+    tokens_of_calls = [(3, 197), (2, 1100)] if op == "masked_attention" else [LENGTHS]
+    if gpu_rehearsal.ASKED:  # the interpreter would take minutes
+        tokens_of_calls = [(2, 37) if op == "masked_attention" else SHORT]
+    for tokens in tokens_of_calls:
         where = where_of(op, tokens).cuda()
         tensors = [x.detach().cuda().requires_grad_() for x in heads_of(op, projection(op, tokens, 2, depth, dtype))]
         out = run(op, *tensors, where, backend="triton")
