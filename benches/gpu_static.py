@@ -13,24 +13,22 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from no_gpu import NoGpu
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benches" / "static"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benches")]
-from no_gpu import NoGpu  # noqa: E402
 
 #: What an H100 reaches when measured: GB/s copied (read + written), Gflop/s of bfloat16 products, G/s of exponentials.
 H100 = {"copy_gbs": 3000.0, "write_gbs": 3000.0, "gflops": {"bfloat16": 790e3}, "gexps": 3700.0}
 #: Architecture → shared memory of a multiprocessor in bytes, of which each block takes 1 KiB more than it asks for.
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, on all three
-#: Of a block, by the namespace of a CUDA kernel.
-CUDA_WARPS = {"self_relation": 4, "products": 4, "simpool": 8}
 
 KERNEL_COLUMNS = (
     "source",
@@ -81,6 +79,7 @@ def triton_lines(match: str) -> tuple[list[tuple[str, ...]], list[str]]:
 def cuda_lines(match: str) -> tuple[list[tuple[str, ...]], list[str]]:
     """The same of csrc/cuda; shared memory is what is declared, not what a launch adds."""
     sources = importlib.import_module("cuda_sources")
+    threads = threads_of_blocks()
     lines, faults = [], []
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         for arch in SHARED:
@@ -90,9 +89,16 @@ def cuda_lines(match: str) -> tuple[list[tuple[str, ...]], list[str]]:
                 name, spilled = demangled(kernel.name), kernel.stack + kernel.spill_stores + kernel.spill_loads
                 if kernel.registers is None or spilled:
                     faults.append(f"{path.name} sm_{arch} {name}: {spilled} bytes of local memory, or a call")
-                registers, warps = kernel.registers or 0, CUDA_WARPS[name.partition("::")[0]]
+                registers, warps = kernel.registers or 0, threads[name.partition("::")[0]] // 32
                 lines.append(_line(f"csrc/cuda/{path.name}", name, arch, warps, registers, kernel.shared, spilled, "-"))
     return lines, faults
+
+
+def threads_of_blocks() -> dict[str, int]:
+    """Namespace of CUDA kernels → kThreads of their blocks."""
+    pattern = re.compile(r"namespace fastssl::cuda::(\w+) \{.*?\bkThreads = (\d+);", re.DOTALL)
+    files = (path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    return {name: int(threads) for text in files for name, threads in pattern.findall(text)}
 
 
 def _line(
@@ -154,6 +160,7 @@ def compare(name: str, made: list[str], partial: bool) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    sys.path.insert(0, str(ROOT / "tests"))  # for aot and cuda_sources
     parser = argparse.ArgumentParser(description="compile every GPU kernel and compare with benches/static")
     parser.add_argument("--match", default="", help="only kernels and rows that contain this")
     parser.add_argument("--write", action="store_true", help="keep the new tables")

@@ -84,16 +84,6 @@ def test_forward_keeps_its_inputs_and_one_number_per_row(op):
     assert lse.numel() == tensors[0].numel() // tensors[0].shape[-1]
 
 
-@BOTH
-def test_under_autocast_the_reference_computes_in_float32_too(op):
-    """As all backends do."""
-    (q, k, v), where = small(op, grad=False)
-    alone = run(op, q, k, v, where, backend="reference")
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype):
-            assert torch.equal(run(op, q, k, v, where, backend="reference"), alone)
-
-
 @needs_library
 @BOTH
 @pytest.mark.parametrize("mask", [True, False])

@@ -7,6 +7,8 @@ import fastssl
 from fastssl import _library
 
 W = torch.eye(24) + 0.1
+KEEP = torch.arange(32).view(2, 16) % 3 > 0
+STARTS = torch.tensor([0, 12, 12, 32])
 ONE, NOTHING = torch.ones(24), torch.zeros(24)
 CALLS = {
     "self_relation": lambda x, b: fastssl.self_relation(x, num_heads=3, backend=b),
@@ -14,8 +16,8 @@ CALLS = {
     "gram_loss": lambda x, b: fastssl.gram_loss(x, x.flip(1), backend=b),
     "sample_tokens": lambda x, b: fastssl.sample_tokens(x, torch.full((2, 3, 3, 2), 0.3), backend=b),
     "simpool": lambda x, b: fastssl.simpool(x, W, W, ONE, NOTHING, gamma=1.5, backend=b),
-    "masked_attention": lambda x, b: fastssl.masked_attention(*[x[:, None]] * 3, None, backend=b),
-    "packed_attention": lambda x, b: fastssl.packed_attention(*[x] * 3, torch.tensor([0, 2]), backend=b),
+    "masked_attention": lambda x, b: fastssl.masked_attention(*[x[:, None]] * 3, KEEP, backend=b),
+    "packed_attention": lambda x, b: fastssl.packed_attention(*[x.view(32, 1, 24)] * 3, STARTS, backend=b),
 }
 
 

@@ -43,6 +43,10 @@ def test_a_table_that_differs_is_found_out(tmp_path, monkeypatch):
     assert compare("none.tsv", kept, False)[-1] == "+b\t0"
 
 
+def test_threads_of_blocks():
+    assert gpu_static.threads_of_blocks() == {"self_relation": 128, "products": 128, "simpool": 256}
+
+
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
 def test_names_of_kernels():
     name = "_ZN7fastssl4cuda7simpool4poolIfLb1EEEvNS1_7ForwardE"

@@ -69,14 +69,18 @@ Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 void clear_dropped(const Attention& op, const Tensor& rows, int64_t row_elements) {
   const int64_t bytes = row_elements * element_size(dtype_of(rows));
   char* data = static_cast<char*>(rows.data_ptr());
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(op.dropped.size()), 64, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          char* row = data + op.dropped[i] * bytes;
-          op.streams ? stream_zeros(row, bytes) : static_cast<void>(std::memset(row, 0, bytes));
-        }
-        stream_end();
-      });
+  torch::stable::parallel_for(0, static_cast<int64_t>(op.dropped.size()), 64,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  char* row = data + op.dropped[i] * bytes;
+                                  if (op.streams) {
+                                    stream_zeros(row, bytes);
+                                  } else {
+                                    std::memset(row, 0, bytes);
+                                  }
+                                }
+                                stream_end();
+                              });
 }
 
 // The output as (B, N, H, d).

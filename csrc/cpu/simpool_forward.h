@@ -116,8 +116,8 @@ void simpool_attend(const SimPool<T>& op, int64_t begin, int64_t end) {
   tokens.copy = scratch.take<T>(tokens.copy_size());
   T* queries = scratch.take<T>(op.heads * op.channels);
   T* largest = scratch.take<T>(op.heads);
-  double* total =
-      scratch.take<double>(op.heads);  // one by one: in float, thousands of tokens would lose digits
+  // Tokens are added one by one: in float, thousands of them would lose digits.
+  double* total = scratch.take<double>(op.heads);
   for (int64_t image = begin; image < end; ++image) {
     centred_queries(op, image, queries);
     const PerChannel<T> minimum = per_channel(op, op.minimum, image);
