@@ -133,6 +133,14 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def architecture(tensor: Tensor) -> int:
+    """90 on an H100; 0 without a GPU. One of a family has its kernels: 103 counts as 100."""
+    if not tensor.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 100 if (major, minor) == (10, 3) else 10 * major + minor
+
+
 def alignment(*counts: int) -> int:
     """A divisor of all counts worth telling a kernel: 4 or 1. That 16 divides them the compiler finds out by itself."""
     divisor = math.gcd(*counts)
@@ -152,6 +160,7 @@ class Configuration(NamedTuple):
     num_warps: int
     num_stages: int
     description: str
+    archs: tuple[int, ...] = ()  # only there; () means anywhere
 
 
 def configuration(choice: Choice, description: str, *types: str) -> Configuration:

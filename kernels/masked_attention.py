@@ -97,4 +97,4 @@ def configurations() -> Iterator[Configuration]:
                 yield rows_configuration(16 if kind == "few" else 200, width, dtype, 1)
         for kind, width in QUERIES:
             if (kind == "exact") == (dtype == "fp32"):
-                yield from gradient_configurations(200, width, dtype, 1)
+                yield from gradient_configurations(width, dtype, 1)

@@ -1,38 +1,29 @@
 """packed_attention's gradient in Triton, which masked_attention launches too; see _attention.py for the rows.
 
-With c = scale · log2(e), l the logarithm of a row's sum of exponentials and dO the incoming gradient:
-    P_ij = 2^(c q_i·k_j − l_i log2(e)),  delta_i = dO_i · O_i,  dS_ij = P_ij (dO_i · v_j − delta_i)
-    dQ = scale · dS K,  dK = scale · dSᵀ Q,  dV = Pᵀ dO
-Two launches, each with a program per block of rows, so that every sum stays in one program, without atomics:
-    attention_grad_queries: reads q, k, v, dO, O and l; writes dQ and, for the other kernel, delta, which it has anyway.
-    attention_grad_keys: reads q, k, v, dO, l and delta; writes dK and dV.
-Both make P and dS, 7 products instead of the 5 of one program per (sequence, head). But that one had a fourth of the
-programs at 197 rows, and either registers for both sums of all keys or its own partial sums of dQ in memory. Where a
-sequence is one block, one program is all there is: the first kernel then writes dQ, dK and dV, and the second one
-ends at once. So it is each sequence's true length that decides, on the device.
+The formulas are in _attention_gradients.py. It is each sequence's true length that decides, on the device:
+    up to SHORT rows: one program of attention_grad_queries writes dQ, dK and dV from one tile of logits;
+    up to WHOLE rows: one program of attention_grad_keys does, which has all rows of Q and dO on chip;
+    more: a program per block of rows, so that every sum stays in one program, without atomics:
+        attention_grad_queries reads q, k, v, dO, O and l; writes dQ and, for the other kernel, delta;
+        attention_grad_keys reads q, k, v, dO, l and delta; writes dK and dV.
+The last way makes P and dS twice, 7 products instead of 5, and reads its inputs twice. It is the only one in float32,
+whose products on the ordinary cores have both operands in registers: all rows of Q and dO are more than there are.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastssl.kernels._attention import (
-    LOG2E,
-    Rows,
-    Sequences,
-    choose,
-    dots,
-    load_rows,
-    locate,
-    store_rows,
-    tokens_of,
-    width_of,
-)
-from fastssl.kernels.common import Choice, Configuration, configuration, launch, multiply, on_device
+from fastssl.kernels._attention import Rows, Sequences, choose, locate, store_rows, width_of
+from fastssl.kernels._attention_blocks import keys, queries
+from fastssl.kernels._attention_gradients import by_keys, in_one_tile
+from fastssl.kernels.common import Choice, Configuration, architecture, configuration, launch, on_device
 from torch import Tensor
 
 _SIZES = ["rows", "heads", "depth_units", "blocks", "per_image"]
@@ -53,7 +44,8 @@ def attention_grad_queries(
     v_image, v_head, v_row,
     grad_image, grad_head, grad_row,
     out_image, out_head, out_row,
-    SHORT: tl.constexpr,  # sequences of so many rows, BLOCK or 0, are done as a whole
+    SHORT: tl.constexpr,  # sequences of so many rows, BLOCK or 0, are done here as a whole
+    WHOLE: tl.constexpr,  # those of so many by the other kernel
     BLOCK: tl.constexpr, TAIL: tl.constexpr, INNER: tl.constexpr, INNER_TAIL: tl.constexpr, DEPTH: tl.constexpr,
     SLICE: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
@@ -73,20 +65,21 @@ def attention_grad_queries(
     for row in tl.range(first, rows if INDEXED else count, blocks * BLOCK, disable_licm=True):
         if SHORT > 0 and count <= SHORT:
             if row < count:
-                _whole_sequence(
+                in_one_tile(
                     q, k, v, grad, out, order, lse, result, begin, count, heads, depth_units, scale, scale_log2,
                     q_row, k_row, v_row, grad_row, out_row, BLOCK, DEPTH, INDEXED,
                 )  # fmt: skip
-        elif row + TAIL < count:
-            _queries(
-                q, k, v, grad, out, order, lse, delta, result, begin, row, count, heads, depth_units, scale, scale_log2,
-                q_row, k_row, v_row, grad_row, out_row, BLOCK, INNER, INNER_TAIL, DEPTH, SLICE, INDEXED,
-            )  # fmt: skip
-        elif row < count:
-            _queries(
-                q, k, v, grad, out, order, lse, delta, result, begin, row, count, heads, depth_units, scale, scale_log2,
-                q_row, k_row, v_row, grad_row, out_row, TAIL, INNER, INNER, DEPTH, SLICE, INDEXED,
-            )  # fmt: skip
+        elif count > WHOLE:
+            if row + TAIL < count:
+                queries(
+                    q, k, v, grad, out, order, lse, delta, result, begin, row, count, heads, depth_units, scale,
+                    scale_log2, q_row, k_row, v_row, grad_row, out_row, BLOCK, INNER, INNER_TAIL, DEPTH, SLICE, INDEXED,
+                )  # fmt: skip
+            elif row < count:
+                queries(
+                    q, k, v, grad, out, order, lse, delta, result, begin, row, count, heads, depth_units, scale,
+                    scale_log2, q_row, k_row, v_row, grad_row, out_row, TAIL, INNER, INNER, DEPTH, SLICE, INDEXED,
+                )  # fmt: skip
         if INDEXED:
             _drop(result, order, row, count, rows, heads * depth_units, depth_units, BLOCK, DEPTH)
 
@@ -104,105 +97,9 @@ def _drop(result, order, row, count, rows, one, depth_units, BLOCK: tl.constexpr
             store_rows(part, zeros, token, dropped, depth_units * 8, 3 * one, DEPTH)
 
 
-@triton.jit
-def _whole_sequence(
-    q, k, v, grad, out, order, lse, result, begin, count, heads, depth_units, scale, scale_log2,
-    q_row, k_row, v_row, grad_row, out_row, BLOCK: tl.constexpr, DEPTH: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
-    """All gradients of a sequence of at most BLOCK rows, in 16 bits."""
-    depth = depth_units * 8
-    token, there = tokens_of(order, begin, 0, count, BLOCK, INDEXED)
-    x = load_rows(q, token, there, depth, q_row, 0, DEPTH)
-    y = load_rows(k, token, there, depth, k_row, 0, DEPTH)
-    g = load_rows(grad, token, there, depth, grad_row, 0, DEPTH)
-    l = tl.load(lse + token, mask=there, other=0.0) * LOG2E
-    zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
-    square = tl.zeros([BLOCK, BLOCK], tl.float32)
-    p = tl.exp2(multiply(x, tl.trans(y), square, False) * scale_log2 - l[:, None])
-    p = tl.where(there[None, :], p, 0.0)
-    one = heads * depth_units
-    part = tl.cast(one, tl.int64) * 8
-    dv = multiply(tl.trans(p.to(x.dtype)), g, zeros, False)
-    store_rows(result + part * 2, dv, token, there, depth, 3 * one, DEPTH)
-    z = load_rows(v, token, there, depth, v_row, 0, DEPTH)
-    o = load_rows(out, token, there, depth, out_row, 0, DEPTH)
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    ds = (p * (multiply(g, tl.trans(z), square, False) - d[:, None])).to(x.dtype)
-    dq = multiply(ds, y, zeros, False)
-    store_rows(result, dq * scale, token, there, depth, 3 * one, DEPTH)
-    dk = multiply(tl.trans(ds), x, zeros, False)
-    store_rows(result + part, dk * scale, token, there, depth, 3 * one, DEPTH)
-
-
-@triton.jit
-def _queries(
-    q, k, v, grad, out, order, lse, delta, result, begin, row, count, heads, depth_units, scale, scale_log2,
-    q_row, k_row, v_row, grad_row, out_row,
-    BLOCK: tl.constexpr, INNER: tl.constexpr, INNER_TAIL: tl.constexpr, DEPTH: tl.constexpr,
-    SLICE: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
-    """dQ and delta of one block."""
-    depth = depth_units * 8
-    token, there = tokens_of(order, begin, row, count, BLOCK, INDEXED)
-    g = load_rows(grad, token, there, depth, grad_row, 0, DEPTH)
-    o = load_rows(out, token, there, depth, out_row, 0, DEPTH)
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + token, d, mask=there)
-    l = tl.load(lse + token, mask=there, other=0.0) * LOG2E
-    x = q
-    if SLICE == 0:
-        x = load_rows(q, token, there, depth, q_row, 0, DEPTH)
-    else:
-        g = grad
-    dq = tl.zeros([BLOCK, DEPTH], tl.float32)
-    whole = count // INNER * INNER
-    for key in range(0, whole, INNER):
-        dq = _add_keys(
-            q, x, grad, g, token, there, l, d, k, v, order, begin, key, count, depth, dq, scale_log2,
-            q_row, k_row, v_row, grad_row, False, BLOCK, INNER, DEPTH, SLICE, INDEXED,
-        )  # fmt: skip
-    large = whole
-    if count - whole > (INNER // 2 if INNER_TAIL < INNER else 0):
-        large = count
-    for key in tl.range(whole, large, INNER, num_stages=1):
-        dq = _add_keys(
-            q, x, grad, g, token, there, l, d, k, v, order, begin, key, count, depth, dq, scale_log2,
-            q_row, k_row, v_row, grad_row, True, BLOCK, INNER, DEPTH, SLICE, INDEXED,
-        )  # fmt: skip
-    if INNER_TAIL < INNER:
-        for key in tl.range(large, count, INNER_TAIL, num_stages=1):
-            dq = _add_keys(
-                q, x, grad, g, token, there, l, d, k, v, order, begin, key, count, depth, dq, scale_log2,
-                q_row, k_row, v_row, grad_row, True, BLOCK, INNER_TAIL, DEPTH, SLICE, INDEXED,
-            )  # fmt: skip
-    store_rows(result, dq * scale, token, there, depth, 3 * heads * depth_units, DEPTH)
-
-
-@triton.jit
-def _add_keys(
-    q, x, grad, g, token, there, l, d, k, v, order, begin, key, count, depth, dq, scale_log2,
-    q_row, k_row, v_row, grad_row,
-    MASKED: tl.constexpr,  # there may be fewer than INNER keys
-    BLOCK: tl.constexpr, INNER: tl.constexpr, DEPTH: tl.constexpr, SLICE: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
-    """dq + dS K over keys key … key + INNER."""
-    other, here = tokens_of(order, begin, key, count, INNER, INDEXED)
-    y = load_rows(k, other, here, depth, k_row, 0, DEPTH)
-    z = v
-    if SLICE == 0:
-        z = load_rows(v, other, here, depth, v_row, 0, DEPTH)
-    s = dots(q, x, token, there, q_row, k, y, other, here, k_row, depth, BLOCK, INNER, SLICE)
-    p = tl.exp2(s * scale_log2 - l[:, None])
-    if MASKED:
-        p = tl.where(here[None, :], p, 0.0)
-    dp = dots(grad, g, token, there, grad_row, v, z, other, here, v_row, depth, BLOCK, INNER, SLICE)
-    ds = p * (dp - d[:, None])
-    return multiply(ds.to(y.dtype), y, dq, False)
-
-
 @triton.jit(do_not_specialize=[*_SIZES, *_STRIDES])
 def attention_grad_keys(
-    q, k, v, grad,  # by their strides
+    q, k, v, grad, out,  # by their strides
     lengths, order,  # as of Sequences
     lse, delta,  # (heads, rows) of each image, float32, contiguous
     result,  # (rows, 3, heads, depth) of each image, contiguous: output
@@ -212,11 +109,13 @@ def attention_grad_keys(
     k_image, k_head, k_row,
     v_image, v_head, v_row,
     grad_image, grad_head, grad_row,
+    out_image, out_head, out_row,
     SHORT: tl.constexpr,  # sequences of so many rows are done
+    WHOLE: tl.constexpr,  # longer ones of so many are done here as a whole
     BLOCK: tl.constexpr, TAIL: tl.constexpr, INNER: tl.constexpr, INNER_TAIL: tl.constexpr, DEPTH: tl.constexpr,
     SLICE: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of every `blocks`-th block of keys of a (sequence, head)."""
+    """dK and dV of every `blocks`-th block of keys of a (sequence, head), or all gradients of one that fits."""
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     sequence = tl.program_id(0) // blocks // heads
     image, begin, count, order = locate(lengths, order, sequence, rows, per_image, INDEXED)
@@ -228,74 +127,29 @@ def attention_grad_keys(
     delta += (image * heads + head) * rows
     result += (image * rows * 3 * heads + head) * depth_units * 8
     first = tl.program_id(0) % blocks * BLOCK
-    for key in tl.range(first, count if count > SHORT else 0, blocks * BLOCK, disable_licm=True):
+    if WHOLE > SHORT and (first == 0) & (count > SHORT) & (count <= WHOLE):
+        out += (image * out_image + head * out_head) * 8
+        if WHOLE // 2 > SHORT and count <= WHOLE // 2:
+            by_keys(
+                q, k, v, grad, out, order, lse, result, begin, count, heads, depth_units, scale, scale_log2,
+                q_row, k_row, v_row, grad_row, out_row, WHOLE // 2, INNER, DEPTH, INDEXED,
+            )  # fmt: skip
+        else:
+            by_keys(
+                q, k, v, grad, out, order, lse, result, begin, count, heads, depth_units, scale, scale_log2,
+                q_row, k_row, v_row, grad_row, out_row, WHOLE, INNER, DEPTH, INDEXED,
+            )  # fmt: skip
+    for key in tl.range(first, count if count > WHOLE else 0, blocks * BLOCK, disable_licm=True):
         if key + TAIL < count:
-            _keys(
+            keys(
                 q, k, v, grad, order, lse, delta, result, begin, key, count, heads, depth_units, scale, scale_log2,
                 q_row, k_row, v_row, grad_row, BLOCK, INNER, INNER_TAIL, DEPTH, SLICE, INDEXED,
             )  # fmt: skip
         else:
-            _keys(
+            keys(
                 q, k, v, grad, order, lse, delta, result, begin, key, count, heads, depth_units, scale, scale_log2,
                 q_row, k_row, v_row, grad_row, TAIL, INNER, INNER, DEPTH, SLICE, INDEXED,
             )  # fmt: skip
-
-
-@triton.jit
-def _keys(
-    q, k, v, grad, order, lse, delta, result, begin, key, count, heads, depth_units, scale, scale_log2,
-    q_row, k_row, v_row, grad_row,
-    BLOCK: tl.constexpr, INNER: tl.constexpr, INNER_TAIL: tl.constexpr, DEPTH: tl.constexpr,
-    SLICE: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one block."""
-    depth = depth_units * 8
-    token, there = tokens_of(order, begin, key, count, BLOCK, INDEXED)
-    y = k
-    z = v
-    if SLICE == 0:
-        y = load_rows(k, token, there, depth, k_row, 0, DEPTH)
-        z = load_rows(v, token, there, depth, v_row, 0, DEPTH)
-    dk = tl.zeros([BLOCK, DEPTH], tl.float32)
-    dv = tl.zeros([BLOCK, DEPTH], tl.float32)
-    large = count
-    if count % INNER <= (INNER // 2 if INNER_TAIL < INNER else 0):
-        large = count // INNER * INNER
-    for row in range(0, large, INNER):
-        dk, dv = _add_queries(
-            k, y, v, z, token, there, q, grad, lse, delta, order, begin, row, count, depth, dk, dv, scale_log2,
-            q_row, k_row, v_row, grad_row, BLOCK, INNER, DEPTH, SLICE, INDEXED,
-        )  # fmt: skip
-    if INNER_TAIL < INNER:
-        for row in tl.range(large, count, INNER_TAIL, num_stages=1):
-            dk, dv = _add_queries(
-                k, y, v, z, token, there, q, grad, lse, delta, order, begin, row, count, depth, dk, dv, scale_log2,
-                q_row, k_row, v_row, grad_row, BLOCK, INNER_TAIL, DEPTH, SLICE, INDEXED,
-            )  # fmt: skip
-    one = heads * depth_units
-    part = tl.cast(one, tl.int64) * 8
-    store_rows(result + part, dk * scale, token, there, depth, 3 * one, DEPTH)
-    store_rows(result + part * 2, dv, token, there, depth, 3 * one, DEPTH)
-
-
-@triton.jit
-def _add_queries(
-    k, y, v, z, token, there, q, grad, lse, delta, order, begin, row, count, depth, dk, dv, scale_log2,
-    q_row, k_row, v_row, grad_row,
-    BLOCK: tl.constexpr, INNER: tl.constexpr, DEPTH: tl.constexpr, SLICE: tl.constexpr, INDEXED: tl.constexpr,
-):  # fmt: skip
-    """dk + dSᵀ Q, dv + Pᵀ dO over queries row … row + INNER. Where there is none, dO, delta and hence dS are 0."""
-    other, here = tokens_of(order, begin, row, count, INNER, INDEXED)
-    x = load_rows(q, other, here, depth, q_row, 0, DEPTH)
-    g = load_rows(grad, other, here, depth, grad_row, 0, DEPTH)
-    l = tl.load(lse + other, mask=here, other=0.0) * LOG2E
-    d = tl.load(delta + other, mask=here, other=0.0)
-    s = dots(k, y, token, there, k_row, q, x, other, here, q_row, depth, BLOCK, INNER, SLICE)
-    p = tl.exp2(s * scale_log2 - l[None, :])
-    dv = multiply(p.to(g.dtype), g, dv, False)
-    dp = dots(v, z, token, there, v_row, grad, g, other, here, grad_row, depth, BLOCK, INNER, SLICE)
-    ds = p * (dp - d[None, :])
-    return multiply(ds.to(x.dtype), x, dk, False), dv
 
 
 #: See `choose` in _attention.py.
@@ -317,17 +171,64 @@ KEYS = {
 }
 
 
-def queries_choice(longest: int, depth: int, exact: bool, indexed: int) -> Choice:
-    choice = choose(attention_grad_queries, QUERIES, longest, depth, exact, indexed)
-    # All tiles of a sequence at once fit in the registers up to a depth of 64, in 16 bits.
-    short = 0 if exact or width_of(depth) > 64 else choice.constexprs["BLOCK"]
-    return choice._replace(constexprs={"SHORT": short, **choice.constexprs})
+#: Architecture and DEPTH → WHOLE → INNER and stages, in 16 bits. 256 rows of 128 channels of Q, dO and dQ fit nowhere;
+#: other architectures have 99 KiB of shared memory in a block, too few for any.
+WHOLE = {
+    (80, 32): {128: (32, 2), 256: (32, 2)},
+    (80, 64): {128: (32, 2), 256: (16, 2)},
+    (80, 128): {128: (16, 2)},
+    (90, 32): {128: (64, 2), 256: (32, 2)},
+    (90, 64): {128: (32, 2), 256: (32, 2)},
+    (90, 128): {128: (32, 2)},
+    (100, 32): {128: (32, 2), 256: (32, 2)},
+    (100, 64): {128: (32, 2), 256: (16, 1)},
+    (100, 128): {128: (16, 2)},
+}
+WHOLE_WARPS = 8
 
 
-def keys_choice(longest: int, depth: int, exact: bool, indexed: int) -> Choice:
-    choice = choose(attention_grad_keys, KEYS, longest, depth, exact, indexed)
-    short = queries_choice(longest, depth, exact, indexed).constexprs["SHORT"]
-    return choice._replace(constexprs={"SHORT": short, **choice.constexprs})
+class Kind(NamedTuple):
+    """What decides how the gradients of a call are made."""
+
+    longest: int
+    depth: int
+    exact: bool
+    indexed: int
+    arch: int  # 0: none of those in WHOLE
+
+    def short(self) -> int:
+        """All tiles of a sequence at once fit in the registers up to a depth of 64."""
+        return 0 if self.exact or width_of(self.depth) > 64 else 64
+
+    def whole(self) -> int:
+        """WHOLE; SHORT where sequences are expected to be longer than any, or all short.
+
+        An index is there because rows are dropped: of twice as many, half may be kept.
+        """
+        table = WHOLE.get((self.arch, width_of(self.depth)), {})
+        if not self.exact and self.longest > self.short():
+            for rows in table:
+                if self.longest <= rows:
+                    return rows
+            if self.indexed and self.longest <= 2 * max(table, default=0):
+                return max(table)
+        return self.short()
+
+
+def queries_choice(kind: Kind) -> Choice:
+    choice = choose(attention_grad_queries, QUERIES, *kind[:4])
+    return choice._replace(constexprs={"SHORT": kind.short(), "WHOLE": kind.whole(), **choice.constexprs})
+
+
+def keys_choice(kind: Kind) -> Choice:
+    choice = choose(attention_grad_keys, KEYS, *kind[:4])
+    whole = kind.whole()
+    constexprs = {"SHORT": kind.short(), "WHOLE": whole, **choice.constexprs}
+    if whole == kind.short():
+        return choice._replace(constexprs=constexprs)
+    inner, stages = WHOLE[kind.arch, width_of(kind.depth)][whole]
+    stages += kind.indexed and stages > 1
+    return Choice(attention_grad_keys, constexprs | {"INNER": inner, "INNER_TAIL": 16}, WHOLE_WARPS, stages)
 
 
 def backward(
@@ -347,22 +248,25 @@ def write_gradients(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, result: Tensor, sequences: Sequences,
     scale: float,
 ) -> None:  # fmt: skip
-    """Launches attention_grad_queries and, unless no sequence can be that long, attention_grad_keys."""
+    """Launches attention_grad_queries and attention_grad_keys, unless no sequence can have a length for it."""
     if result.numel() == 0:
         return
     heads, depth = q.shape[1], q.shape[-1]
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     views = [Rows.of(x) for x in (q, k, v, grad, out)]
-    about = (sequences.longest, depth, q.dtype == torch.float32, sequences.indexed)
-    for choice, used in ((queries_choice(*about), views), (keys_choice(*about), views[:4])):
-        if choice.kernel is attention_grad_keys and sequences.rows <= choice.constexprs["SHORT"]:
+    kind = Kind(sequences.longest, depth, q.dtype == torch.float32, sequences.indexed, architecture(q))
+    for choice in (queries_choice(kind), keys_choice(kind)):
+        short, whole = choice.constexprs["SHORT"], choice.constexprs["WHOLE"]
+        if choice.kernel is attention_grad_keys and sequences.rows <= short:
             continue
-        blocks = sequences.blocks(choice, heads)
+        if choice.kernel is attention_grad_queries and sequences.lengths is None and short < sequences.rows <= whole:
+            continue
+        blocks = 1 if short < sequences.longest <= whole else sequences.blocks(choice, heads)
         launch(
-            choice, sequences.number * heads * blocks, *(view.tensor for view in used), *sequences.tensors(lse),
+            choice, sequences.number * heads * blocks, *(view.tensor for view in views), *sequences.tensors(lse),
             lse, delta, result, sequences.rows, heads, depth // 8, blocks, int(sequences.lengths is None), scale,
-            scale * math.log2(math.e), *(stride for view in used for stride in view.strides),
+            scale * math.log2(math.e), *(stride for view in views for stride in view.strides),
         )  # fmt: skip
 
 
@@ -370,17 +274,25 @@ def configurations() -> Iterator[Configuration]:
     for dtype in ("bf16", "fp32"):
         for kind, width in QUERIES:
             if (kind == "exact") == (dtype == "fp32"):
-                yield from gradient_configurations(200, width, dtype, 0)
-    yield from gradient_configurations(200, 64, "fp16", 0)
+                yield from gradient_configurations(width, dtype, 0)
+    yield from gradient_configurations(64, "fp16", 0)
 
 
-def gradient_configurations(longest: int, depth: int, dtype: str, indexed: int) -> Iterator[Configuration]:
-    about = (longest, depth, dtype == "fp32", indexed)
-    for choice, views in ((queries_choice(*about), 5), (keys_choice(*about), 4)):
-        yield configuration(
-            choice,
+def gradient_configurations(depth: int, dtype: str, indexed: int) -> Iterator[Configuration]:
+    exact = dtype == "fp32"
+    lengths = (600,) if exact else (100, 200, 300, 600)
+    found: dict[Any, set[int]] = defaultdict(set)
+    for arch in sorted({arch for arch, _ in WHOLE}):
+        for longest in lengths:
+            kind = Kind(longest, depth, exact, indexed, arch)
+            for choice in (queries_choice(kind), keys_choice(kind)):
+                found[(choice.kernel, tuple(choice.constexprs.items()), *choice[2:])].add(arch)
+    for (kernel, constexprs, warps, stages), archs in found.items():
+        made = configuration(
+            Choice(kernel, dict(constexprs), warps, stages),
             dtype,
-            f"*{dtype}:16 " * views + f"*i32:16 *i32:16 *fp32:16 *fp32:16 *{dtype}:16",
+            f"*{dtype}:16 " * 5 + f"*i32:16 *i32:16 *fp32:16 *fp32:16 *{dtype}:16",
             "i32 i32 i32 i32 i32 fp32 fp32",
-            "i32 i32 i32 " * views,
+            "i32 i32 i32 " * 5,
         )
+        yield made._replace(archs=tuple(sorted(archs)))

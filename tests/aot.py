@@ -59,6 +59,7 @@ def cases() -> list[Case]:
         for module in modules()
         for configuration in _configurations(module)
         for arch in SHARED_LIMIT
+        if arch in (configuration.archs or SHARED_LIMIT)
     ]
     assert len(set(found)) == len(found), "two configurations have the same description"
     return found

@@ -6,6 +6,7 @@ tests/test_triton_interpreter.py.
 
 import pytest
 import torch
+from attention_triton import check_masked, check_packed, launched, masked, packed, run, starts
 from compare import assert_close, doubles, gradients
 from tolerances import FORWARD, GRADIENT
 
@@ -19,57 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-
-
-def starts(*lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def packed(total, heads, depth, dtype=torch.float32):
-    """q, k and v: views of one tensor, with gradients of their own."""
-    return [x.requires_grad_() for x in torch.randn(total, 3, heads, depth).to(dtype).unbind(1)]
-
-
-def masked(batch, length, heads, depth, dtype=torch.float32):
-    qkv = torch.randn(batch, length, 3, heads, depth).to(dtype)
-    return [x.requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
-
-
-def compare(out, truth, leaves, exact, upstream=None):
-    """Value and gradients."""
-    dtype = leaves[0].dtype
-    assert out.dtype == dtype
-    assert_close(out, truth, FORWARD[dtype], "value")
-    upstream = torch.randn_like(out) if upstream is None else upstream
-    got = gradients(out, leaves, upstream)
-    expected = gradients(truth, exact, upstream.double())
-    for name, g, e, leaf in zip("qkv", got, expected, leaves, strict=True):
-        assert g.dtype == leaf.dtype
-        assert_close(g, e, GRADIENT[dtype], f"gradient of {name}")
-    return got
-
-
-def check_packed(leaves, cu_seqlens, *, upstream=None, scale=None, **kwargs):
-    out = fastssl.packed_attention(*leaves, cu_seqlens, scale=scale, backend="triton", **kwargs)
-    assert out.is_contiguous()
-    exact = doubles(leaves)
-    compare(out, packed_reference(*exact, cu_seqlens, scale=scale), leaves, exact, upstream)
-    return out
-
-
-def check_masked(leaves, keep, *, upstream=None, scale=None):
-    out = fastssl.masked_attention(*leaves, keep, scale=scale, backend="triton")
-    assert out.transpose(1, 2).is_contiguous()
-    exact = doubles(leaves)
-    got = compare(out, masked_reference(*exact, keep, scale=scale), leaves, exact, upstream)
-    if keep is not None:
-        for x in (out, *got):
-            assert not x.transpose(1, 2)[~keep].any()
-    return out
-
-
-def run(name, *arguments):
-    return getattr(torch.ops.fastssl, f"{name}_triton")(*arguments)
 
 
 # ---- packed sequences ------------------------------------------------------------------------------------------
@@ -330,22 +280,6 @@ def test_opcheck():
 # ---- launches and tables ---------------------------------------------------------------------------------------
 
 
-def launched(monkeypatch):
-    """The names of the kernels that will have been launched."""
-    from fastssl.kernels import masked_attention, packed_attention, packed_attention_backward
-
-    names = []
-    for module in (masked_attention, packed_attention, packed_attention_backward):
-        launch = module.launch
-
-        def spy(choice, *arguments, launch=launch):
-            names.append(choice.kernel.__name__)
-            launch(choice, *arguments)
-
-        monkeypatch.setattr(module, "launch", spy)
-    return names
-
-
 @pytest.mark.parametrize("length", [50, 70])
 @pytest.mark.parametrize("keep", [False, True])
 def test_launches(monkeypatch, length, keep):
@@ -365,7 +299,7 @@ def test_every_block_size_is_compiled_by_the_proofs():
     from fastssl.kernels import masked_attention, packed_attention, packed_attention_backward
     from fastssl.kernels.masked_attention import order_choice
     from fastssl.kernels.packed_attention import rows_choice
-    from fastssl.kernels.packed_attention_backward import keys_choice, queries_choice
+    from fastssl.kernels.packed_attention_backward import Kind, keys_choice, queries_choice
 
     def key(choice):
         return (choice.kernel.__name__, *sorted(choice.constexprs.items()), choice.num_warps, choice.num_stages)
@@ -375,11 +309,14 @@ def test_every_block_size_is_compiled_by_the_proofs():
     assert len({c.description for c in configurations}) == len(configurations)
     for exact in (False, True):
         # The dtype is no constexpr: float32 configurations and others would look alike but for their descriptions.
-        compiled = {key(c) for c in configurations if ("fp32" in c.description) == exact}
-        for longest in (0, 1, 37, 48, 49, 64, 197, 256, 257, 1100):
+        compiled = {key(c): c.archs or (0, 80, 90, 100) for c in configurations if ("fp32" in c.description) == exact}
+        for longest in (0, 1, 37, 48, 49, 64, 65, 128, 129, 197, 256, 257, 512, 513, 1100):
             for depth in range(16, 129, 8):
                 for indexed in (0, 1):
                     about = (longest, depth, exact, indexed)
-                    for choice in (rows_choice(*about), queries_choice(*about), keys_choice(*about)):
-                        assert key(choice) in compiled
+                    assert key(rows_choice(*about)) in compiled
+                    for arch in (0, 80, 90, 100):
+                        kind = Kind(*about, arch)
+                        for choice in (queries_choice(kind), keys_choice(kind)):
+                            assert arch in compiled[key(choice)] or (not arch and compiled[key(choice)])
             assert exact or key(order_choice(longest)) in compiled

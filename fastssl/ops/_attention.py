@@ -37,7 +37,7 @@ def check_heads(op: str, q: Any, k: Any, v: Any, letters: tuple[str, ...], scale
 
 def kept_for_backward(backend: str, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """One number per row, the logarithm of its sum of exponentials; on a GPU also the output, from which its backward
-    takes Σ P dP. On a CPU that sum is at hand."""
+    takes Σ P dP: the projection after attention keeps that tensor anyway. On a CPU the sum is at hand."""
     return output[1:] if backend == "cpp" else output
 
 
