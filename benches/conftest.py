@@ -9,6 +9,7 @@ have an entry per side, and the ratios taken within the interleaved rounds are i
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Run:
         self.entries: dict[str, tuple[harness.Case, str, harness.Side]] = {}
         self.rows: list[dict[str, Any]] = []
         self.path: Path | None = None
+        self.end = float("inf")
         self._done: dict[tuple[int, str], Any] = {}
 
     def add(self, case: harness.Case) -> list[str]:
@@ -85,7 +87,11 @@ class Run:
         return names
 
     def fit(self, seconds: float) -> None:
-        """Shortens budgets so that all rows take about `seconds`, half of it for checks and compilation."""
+        """Shortens budgets so that all rows take about `seconds`, half of it for checks and compilation.
+
+        What is still left when the time is up is not measured.
+        """
+        self.end = time.monotonic() + seconds
         rows = {(id(case), mode) for case, mode, _ in self.entries.values()}
         share = seconds / (2 * max(len(rows), 1))
         self.settings = dataclasses.replace(self.settings, budget_s=min(self.settings.budget_s, share))
@@ -94,6 +100,8 @@ class Run:
         """Measures at the first call; if that fails, so does every other side's test."""
         key = (id(case), mode)
         if key not in self._done:
+            if time.monotonic() > self.end:
+                pytest.skip("the time for all rows was up")
             self._done[key] = None
             try:
                 self._done[key] = harness.measure(case, mode, self.settings)
@@ -123,10 +131,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     within = config.getoption("--within")
     if within is not None:
-        config.stash[_RUN].fit(within)
+        run = config.stash[_RUN]
+        run.fit(within)
+        # What is asked for most comes first.
+        items.sort(key=lambda item: _rank(*run.entries[item.callspec.params["bench_entry"]][:2]))
     for item in items:
         if "bench_entry" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+def _rank(case: harness.Case, mode: str) -> tuple[int, int]:
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+    return dtypes.index(case.dtype), -harness.MODES.index(mode)
 
 
 @pytest.fixture

@@ -1,16 +1,17 @@
 """`make gpu`: everything that needs a GPU in one command, from a bare checkout and without a network.
 
-Stages, each with its own log and time-out: machine facts, build, tests marked `gpu`, a smoke run under
-compute-sanitizer, benches. A stage that fails is reported and the next one runs; the exit code is 0 if all
-passed, 1 if one did not, 2 without a CUDA device. New ops join by existing: tests with the marker `gpu` and
-a benches/bench_<op>.py. `--rehearse` runs the same stages on the CPU, which proves this script without a GPU.
+Stages, each with its own log and time-out: machine facts, build, compilation of what the benches run, tests marked
+`gpu`, small calls of every op under compute-sanitizer, benches. A stage that fails is reported and the next one runs;
+the exit code is 0 if all passed, 1 if one did not, 2 without a CUDA device. New ops join by existing: tests with the
+marker `gpu`, a call in tests/small_calls.py and a benches/bench_<op>.py. `--rehearse` runs the same stages on the CPU,
+which proves this script without a GPU. What runs in a stage is in gpu_inside.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -24,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+INSIDE = ROOT / "benches" / "gpu_inside.py"
 RESULTS = {False: ROOT / "benches" / "results", True: ROOT / "build" / "bench-quick"}  # by --quick
 PASSING = ("ok", "absent")
 NO_TESTS = 5  # pytest's exit code when it collects nothing
 SANITIZER_FOUND = 99
 TAIL = 25
+WITHIN = "{seconds}"  # in a command: how many it has
+DEADLINE = {False: 480.0, True: 120.0}  # by --quick
 
 
 def judge_exit(code: int, text: str) -> tuple[str, str]:
@@ -67,9 +71,10 @@ def run_stage(stage: Stage, folder: Path, remaining: float) -> Outcome:
         return Outcome(stage.name, "not run", 0.0, "the deadline came before it", "")
     grace = min(10.0, 0.2 * limit)  # for pytest to write its summary after the interrupt
     start = time.monotonic()
+    command = [part.replace(WITHIN, f"{limit - grace:.0f}") for part in stage.command]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            stage.command,
+            command,
             cwd=ROOT,
             env={**os.environ, **stage.env},
             stdin=subprocess.DEVNULL,
@@ -134,36 +139,48 @@ def judge_sanitizer(code: int, text: str) -> tuple[str, str]:
 
 def plan(facts: dict[str, Any], rehearse: bool, quick: bool, seconds: float) -> list[Stage]:
     """The stages after the facts. `seconds` is what is left for all of them."""
-    python, script = sys.executable, str(Path(__file__).resolve())
     device = "cpu" if rehearse else "cuda"
     short = ["--quick"] if quick or rehearse else []
-    build_env = {"MAX_JOBS": str(os.cpu_count() or 1)}
+    cores = os.cpu_count() or 1
+    jobs = min(cores, 12)
+    build_env = {"MAX_JOBS": str(cores)}
     if not rehearse and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         build_env["TORCH_CUDA_ARCH_LIST"] = facts["capability"]  # this chip alone, to save time
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    compiling = [sys.executable, str(INSIDE), "compile", "--device", device, "--jobs", str(jobs), *short]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     tests = [*pytest, "tests", "-m", "gpu", "--durations=5"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(jobs), "--dist", "loadgroup"]
     tests_env = {"FASTSSL_REHEARSE_GPU": "1"} if rehearse else {}
-    smoke = [python, script, "--inside", "smoke", "--device", device, *short]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    absent = ""
-    if not rehearse:
-        options = ["--tool", "memcheck", "--error-exitcode", str(SANITIZER_FOUND)]
-        smoke = [sanitizer, *options, *smoke]
-        absent = "" if Path(sanitizer).exists() else "compute-sanitizer is not installed"
-    bench_seconds = max(60.0, seconds - 180.0)
+    if quick and not rehearse:
+        tests_env["FASTSSL_GPU_CASES"] = "1"
     benches = [
-        *(*pytest, "benches", "--bench-device", device, *short, "--within", f"{bench_seconds:.0f}"),
+        *(*pytest, "benches", "--bench-device", device, *short, "--within", WITHIN),
         *("--disable-warnings", "--show-capture=no", "--benchmark-quiet"),
         f"--benchmark-json={ROOT / 'build' / 'benchmark.json'}",
     ]
-    # torch's cache would hand out parts of one large block, in which a stray access is not an error
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    least = 0.35 * seconds  # for the benches, whatever the others take
     return [
-        Stage("build", [python, script, "--inside", "build"], seconds / 2, build_env),
-        Stage("tests", tests, 150, tests_env, judge_tests),
-        Stage("memcheck", smoke, 90, uncached, judge_sanitizer, absent),
+        Stage("build", [sys.executable, str(INSIDE), "build"], seconds - least, build_env),
+        # one thread of inductor for each of our processes
+        Stage("compile", compiling, 0.2 * seconds, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+        Stage("tests", tests, 0.3 * seconds, tests_env, judge_tests),
+        *(sanitized(tool, device, rehearse, quick, 0.1 * seconds) for tool in ("memcheck", "racecheck")),
         Stage("benches", benches, seconds, judge=judge_tests),
     ]
+
+
+def sanitized(tool: str, device: str, rehearse: bool, quick: bool, seconds: float) -> Stage:
+    """Small calls of every op under one of compute-sanitizer's tools, or on the CPU under none."""
+    calls = [sys.executable, str(INSIDE), "calls", "--device", device]
+    if rehearse:
+        return Stage(tool, calls, seconds, {"TRITON_INTERPRET": "1"})
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    absent = "" if Path(sanitizer).exists() else "compute-sanitizer is not installed"
+    absent = "left out by --quick" if quick else absent
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), *calls]
+    # torch's cache would hand out parts of one large block, in which a stray access is not an error
+    return Stage(tool, command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, judge_sanitizer, absent)
 
 
 def summary(outcomes: list[Outcome], files: list[Path], seconds: float) -> str:
@@ -175,21 +192,16 @@ def summary(outcomes: list[Outcome], files: list[Path], seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="build, test and measure fastssl on this machine's GPU")
-    parser.add_argument("--deadline", type=float, default=480, help="seconds for everything (default 480)")
-    parser.add_argument("--quick", action="store_true", help="few bench rows, kept out of benches/results")
+    parser.add_argument("--deadline", type=float, help="seconds for everything (default 480, with --quick 120)")
+    parser.add_argument("--quick", action="store_true", help="few tests and rows, kept out of benches/results")
     parser.add_argument("--rehearse", action="store_true", help="the same stages on the CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="logs and copies of results")
-    parser.add_argument("--inside", choices=sorted(INSIDE), help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.inside:
-        return INSIDE[args.inside](args)
     start, began = time.monotonic(), time.time()
-    end = start + args.deadline
+    end = start + (args.deadline or DEADLINE[args.quick])
     args.out.mkdir(parents=True, exist_ok=True)
     (ROOT / "build").mkdir(exist_ok=True)
-    ask = [sys.executable, str(Path(__file__).resolve()), "--inside", "facts"]
-    outcomes = run_all([Stage("facts", ask, 90)], args.out, end)
+    outcomes = run_all([Stage("facts", [sys.executable, str(INSIDE), "facts"], 90)], args.out, end)
     facts = read_facts(outcomes[0])
     if not facts["cuda"] and not args.rehearse:
         print(f"make gpu needs a CUDA device: {facts['reason']} (--rehearse runs the stages on the CPU).")
@@ -216,78 +228,6 @@ def read_facts(outcome: Outcome) -> dict[str, Any]:
         return {"cuda": False, "reason": f"its facts could not be read ({(lines or ['no output'])[-1]})"}
     return facts
 
-
-def inside_facts(args: argparse.Namespace) -> int:
-    """Prints what the machine is; the last line is JSON for `read_facts`."""
-    if shutil.which("nvidia-smi"):
-        subprocess.run(["nvidia-smi"], check=False)
-        fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
-        subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], check=False)
-    try:
-        import torch
-    except ImportError as error:
-        print(json.dumps({"cuda": False, "reason": f"torch cannot be imported ({error})"}))
-        return 1
-    facts: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "reason": ""}
-    if facts["cuda"]:
-        p = torch.cuda.get_device_properties(0)
-        print(p)
-        facts |= {"device": p.name, "capability": f"{p.major}.{p.minor}"}
-    else:
-        built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
-        facts["reason"] = f"torch {torch.__version__}, {built}, finds none"
-    print(json.dumps(facts), flush=True)
-    return 0
-
-
-def inside_build(args: argparse.Namespace) -> int:
-    """Installs this checkout in place into the Python at hand."""
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
-    code, text = _stream([*pip, "-e", "."])
-    if code != 0 and "externally-managed-environment" in text:  # PEP 668
-        code, _ = _stream([*pip, "--break-system-packages", "-e", "."])
-    return code
-
-
-def _stream(command: list[str]) -> tuple[int, str]:
-    """Runs it and passes its output on line by line, so that the log of a stopped build has it too."""
-    lines = []
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    return process.returncode, "".join(lines)
-
-
-def inside_smoke(args: argparse.Namespace) -> int:
-    """Runs our sides of every bench once, untimed, in every mode: what the memory checker watches."""
-    import torch
-
-    harness, equality = importlib.import_module("harness"), importlib.import_module("equality")
-    for file in sorted(Path(__file__).parent.glob("bench_*.py")):
-        for case in importlib.import_module(file.stem).cases(args.device, args.quick):
-            inputs = case.make_inputs(torch.Generator().manual_seed(0))
-            inputs = tuple(equality.to_case(x, case) for x in inputs)
-            for mode in harness.MODES:
-                for side in (s for s in case.present(mode) if s.ours):
-                    out = side.run(*inputs)
-                    upstream = torch.randn_like(out) if out.dim() else None
-                    step = equality.make_step(side.run, mode, inputs, case.differentiable, upstream)
-                    results = step.run(step.prepare())
-                    finite = all(bool(r.isfinite().all()) for r in results)
-                    label = f"{case.op} {case.shape} {equality.name(case.dtype)} {mode} {side.name}"
-                    print(f"{label}: {'ok' if finite else 'not finite'}", flush=True)
-                    if not finite:
-                        return 1
-    return 0
-
-
-INSIDE: dict[str, Callable[[argparse.Namespace], int]] = {
-    "facts": inside_facts,
-    "build": inside_build,
-    "smoke": inside_smoke,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

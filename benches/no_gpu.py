@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class NoGpu(TorchFunctionMode):
-    """The word "cuda", as an argument of whatever torch does, means "cpu"; `x.cuda()` is x."""
+    """The word "cuda", as an argument of whatever torch does, means "cpu", as does "cuda:1"; `x.cuda()` is x."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -18,4 +18,4 @@ class NoGpu(TorchFunctionMode):
 
 
 def _here(value: Any) -> Any:
-    return "cpu" if isinstance(value, str) and value == "cuda" else value
+    return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value

@@ -61,7 +61,7 @@ HEADER = (
 BUSY, BUSY_SHARE = "(busy)", 0.03
 #: Marks a row of compiled code that is older than its sources.
 STALE = "(stale)"
-WALL = ("wall ms eager", "wall ms ours", "host µs ours", "× eager wall")
+WALL = ("warm ms eager", "warm ms ours", "wall ms eager", "wall ms ours", "host µs ours", "× eager wall")
 
 
 def lines(rows: list[Row]) -> list[tuple[str, ...]]:
@@ -111,7 +111,8 @@ def _others(row: Row, name: str) -> str:
 def _wall(row: Row, name: str) -> tuple[str, ...]:
     eager, mine = row["sides"]["eager"], row["sides"][name]
     ratio = row["wall_ratios"][name].get("eager")
-    return f"{eager['wall_ms']:.3f}", f"{mine['wall_ms']:.3f}", f"{1e3 * mine['host_ms']:.0f}", _times(ratio)
+    times = [f"{side[name]:.3f}" for name in ("warm_ms", "wall_ms") for side in (eager, mine)]
+    return *times, f"{1e3 * mine['host_ms']:.0f}", _times(ratio)
 
 
 def _ms(side: Row | None) -> str:
@@ -173,7 +174,7 @@ NOTES = (
     "alone. Extra MB is the peak that one call adds to the memory before it.",
     "The floor is the smallest algorithm's largest need (bytes, flops, exponentials) at the ceilings above. "
     "These were measured past the caches: more than 100 % means that data stayed in one. On a GPU, ms is "
-    "device time with a cold L2; wall and host are the eager call's.",
+    "device time with a cold L2, warm ms with what the same call left there; wall and host are the eager call's.",
     f"A row marked {BUSY} was measured while other processes held the CPUs, one marked {STALE} with compiled "
     "code older than its sources; neither is evidence, nor takes the place of a row that is. Written by the "
     "benches; the JSON beside this file has every row's quantiles and provenance.",

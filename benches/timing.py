@@ -15,11 +15,12 @@ from equality import Step
 
 
 class Sample(NamedTuple):
-    """Seconds of one call. On the CPU all three are the same."""
+    """Seconds of one call. On the CPU all are the same."""
 
-    seconds: float  # the device's work
+    seconds: float  # the device's work, with nothing of its inputs in L2
     host: float  # until the call returns to Python
     wall: float  # until its result is ready
+    warm: float  # the device's work right after the same call
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ def cpu_sample(step: Step) -> Sample:
     results = step.run(state)
     seconds = time.perf_counter() - start
     del results, state
-    return Sample(seconds, seconds, seconds)
+    return Sample(seconds, seconds, seconds, seconds)
 
 
 class CudaTimer:
-    """Every sample runs the step twice: once for host and wall time, once for the GPU time with a cold L2.
+    """Every sample runs the step for host and wall time, then for the GPU time with a cold L2, then with a warm one.
 
-    For the GPU time the device first sleeps and overwrites a buffer larger than L2. Meanwhile the host queues
-    the whole step, so that the events enclose the step's kernels and not the gaps of a slow host.
+    For the GPU time the device first sleeps and, for a cold L2, overwrites a buffer larger than that. Meanwhile the
+    host queues the whole step, so that the events enclose the step's kernels and not the gaps of a slow host.
     """
 
     CLOCK_HZ = 2.0e9  # where the device's clock is lower, it sleeps longer than wanted, which only costs time
@@ -90,7 +91,7 @@ class CudaTimer:
 
     def sample(self, step: Step) -> Sample:
         host, wall = self._host(step)
-        return Sample(self._device(step, host), host, wall)
+        return Sample(self._device(step, host, cold=True), host, wall, self._device(step, host, cold=False))
 
     def _host(self, step: Step) -> tuple[float, float]:
         state = step.prepare()
@@ -103,12 +104,13 @@ class CudaTimer:
         del results, state
         return host, wall
 
-    def _device(self, step: Step, host: float) -> float:
+    def _device(self, step: Step, host: float, cold: bool) -> float:
         state = step.prepare()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         torch.cuda._sleep(int(min(2 * host + 1e-4, self.LONGEST_SLEEP_S) * self.CLOCK_HZ))
-        self._flush.zero_()
+        if cold:
+            self._flush.zero_()
         begin.record()
         results = step.run(state)
         end.record()
@@ -158,6 +160,7 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         "q80_ms": quantile(times, 0.8),
         "host_ms": quantile([s.host * 1e3 for s in samples], 0.5),
         "wall_ms": quantile([s.wall * 1e3 for s in samples], 0.5),
+        "warm_ms": quantile([s.warm * 1e3 for s in samples], 0.5),
     }
 
 

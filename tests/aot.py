@@ -143,6 +143,7 @@ def compile_configuration(configuration: Any, arch: int) -> dict[str, Any]:
     record["mma"] = len(re.findall(r"\bmma\.sync\.", ptx))
     record["wgmma"] = len(re.findall(r"\bwgmma\.mma_async\.", ptx))
     record["tcgen05"] = len(re.findall(r"\btcgen05\.mma\.", ptx))
+    record["accesses"], record["wide"] = _accesses(ptx)
     record["products"] = [_shape(line) for line in ttir.splitlines() if " tt.dot " in line]
     record["seconds"] = round(time.perf_counter() - start, 2)
     return record
@@ -152,6 +153,14 @@ def _shape(line: str) -> tuple[str, int, int, int]:
     """("bf16", 64, 32, 128) from a tt.dot of tensor<64x32xbf16> * tensor<32x128xbf16>."""
     (rows, depth, dtype), (_, columns, _) = re.findall(r"tensor<(\d+)x(\d+)x(\w+)>", line)[:2]
     return dtype, int(rows), int(depth), int(columns)
+
+
+def _accesses(ptx: str) -> tuple[int, int]:
+    """How many instructions read or write device memory, and how many of them 16 bytes per thread."""
+    plain = re.findall(r"\b(?:ld|st)\.global\.[\w.:]*?(?:v(\d)\.)?[bfsu](\d+)\b", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", ptx)
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(size, 16) for size in copies]
+    return len(sizes), sum(size >= 16 for size in sizes)
 
 
 def _resources(triton: Path, cubin: bytes) -> dict[str, int]:

@@ -52,7 +52,7 @@ def _rehearsal():
 
 
 def pytest_collection_modifyitems(items):
-    if gpu_rehearsal.ASKED:
+    if gpu_rehearsal.CASES:
         items[:] = gpu_rehearsal.choose(items)
 
 

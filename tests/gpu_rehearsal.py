@@ -6,32 +6,61 @@ test. bfloat16 is left out where the interpreter would have to multiply it, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 ASKED = os.environ.get("FASTSSL_REHEARSE_GPU") == "1"
-#: How many cases of each test, the smallest.
-CASES = 3
+#: How many cases of each test, the smallest; 0: all. `make gpu ARGS=--quick` asks for few on a GPU too.
+CASES = int(os.environ.get("FASTSSL_GPU_CASES", "3" if ASKED else "0"))
+
+
+class Stream:
+    """There is one order of things only."""
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
 
 
 def pretend() -> None:
     """Before test modules are imported, which ask whether there is a GPU."""
-    torch.cuda.is_available = lambda: True
-    torch.cuda.set_sync_debug_mode = lambda mode: None
-    torch.cuda.synchronize = lambda device=None: None
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 2
+    cuda.current_device = lambda: 0
+    cuda.set_sync_debug_mode = lambda mode: None
+    cuda.synchronize = lambda device=None: None
+    cuda._sleep = lambda cycles: None
+    cuda.Stream = cuda.current_stream = Stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def replay_of(step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+    """As a captured graph has it: a function that runs `step` again, and its results, which stay where they are."""
+    results = step()
+
+    def replay() -> None:
+        for old, new in zip(results, step(), strict=True):
+            old.copy_(new)
+
+    return replay, results
 
 
 def choose(items: list[Any]) -> list[Any]:
-    """Tests marked gpu, of each function the CASES smallest that would run."""
+    """Tests marked gpu, of each function, and op where it takes one, the CASES smallest that would run."""
     functions = defaultdict(list)
     for item in items:
-        values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
-        skipped = item.get_closest_marker("skip") is not None or torch.bfloat16 in values
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        values = list(parameters.values())
+        skipped = any(item.iter_markers("skip")) or any(mark.args[0] for mark in item.iter_markers("skipif"))
+        skipped |= ASKED and torch.bfloat16 in values
         if item.get_closest_marker("gpu") is not None and not skipped:
-            functions[item.nodeid.partition("[")[0]].append((_size(values), item))
+            function = item.nodeid.partition("[")[0], parameters.get("what")
+            functions[function].append((_size(values), item))
     return [item for cases in functions.values() for _, item in sorted(cases, key=lambda case: case[0])[:CASES]]
 
 

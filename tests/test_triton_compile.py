@@ -27,7 +27,7 @@ USUAL = re.compile(
     r"|gram_squares\[NORMALIZE=1,BLOCK_ROWS=(64,.*\] bf16|32,.*\] fp32) tokens"
     r"|gram_product\[NORMALIZE=1,BLOCK_ROWS=(64,.*BLOCK_DEPTH=256,.*\] bf16|32,.*BLOCK_DEPTH=128,.*\] fp32) tokens"
     r"|(attend|grad_logits|grad_tokens)\[MINIMUM=0,MANY=0,.*BLOCK_CHANNELS=512,.*\] (bf16|fp32) tokens"
-    r"|attention_(rows|grad_queries|grad_keys)\[(SHORT=64,|)BLOCK=64,.*DEPTH=64,.*INDEXED=0,.*\] bf16"
+    r"|attention_(rows|grad_queries|grad_keys)\[(SHORT=64,WHOLE=256,|)BLOCK=64,.*DEPTH=64,.*INDEXED=0,.*\] bf16"
     r"|attention_(rows|grad_queries|grad_keys)\[.*DEPTH=64,.*INDEXED=0,.*\] fp32"
 )
 CASES = aot.cases()
