@@ -1,10 +1,11 @@
 """`make gpu-static`: what compilers say of every GPU kernel, without a GPU, compared with what is kept.
 
 Two tables in benches/static: kernels.tsv, one line for each Triton configuration and CUDA kernel on each architecture
-(registers, shared memory, spilled bytes, tensor-core instructions, blocks that a multiprocessor can hold), and
-floors.tsv, the least time that an H100 needs for each row of the benches, and what binds it. The command makes them
-anew and fails where a kernel has a fault or a line is another than the kept one, so that a change that starts to spill
-is seen in review; `--write` keeps the new ones. Compilations are cached: a second run takes a minute or two.
+(registers, shared memory, spilled bytes, tensor-core instructions, how many of the accesses to device memory are of 16
+bytes a thread, blocks that a multiprocessor can hold), and floors.tsv, the least time that an H100 needs for each row
+of the benches, and what binds it. The command makes them anew and fails where a kernel has a fault or a line is another
+than the kept one, so that a change that starts to spill is seen in review; `--write` keeps the new ones. Compilations
+are cached: a second run takes a minute or two.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ KERNEL_COLUMNS = (
     "shared",
     "spilled",
     "tensor cores",
+    "16-byte accesses",
     "blocks per SM",
 )
 FLOOR_COLUMNS = ("op", "shape", "dtype", "mode", "floor us", "bound")
@@ -71,6 +73,7 @@ def triton_lines(match: str) -> tuple[list[tuple[str, ...]], list[str]]:
                 record["shared"],
                 record["stack"] + record["local"],
                 ", ".join(counts) or "-",
+                f"{record['wide']} of {record['accesses']}",
             )
         )
     return lines, faults
@@ -90,7 +93,9 @@ def cuda_lines(match: str) -> tuple[list[tuple[str, ...]], list[str]]:
                 if kernel.registers is None or spilled:
                     faults.append(f"{path.name} sm_{arch} {name}: {spilled} bytes of local memory, or a call")
                 registers, warps = kernel.registers or 0, threads[name.partition("::")[0]] // 32
-                lines.append(_line(f"csrc/cuda/{path.name}", name, arch, warps, registers, kernel.shared, spilled, "-"))
+                lines.append(
+                    _line(f"csrc/cuda/{path.name}", name, arch, warps, registers, kernel.shared, spilled, "-", "-")
+                )
     return lines, faults
 
 
@@ -102,10 +107,26 @@ def threads_of_blocks() -> dict[str, int]:
 
 
 def _line(
-    source: str, kernel: str, arch: int, warps: int, registers: int, shared: int, spilled: int, products: str
+    source: str,
+    kernel: str,
+    arch: int,
+    warps: int,
+    registers: int,
+    shared: int,
+    spilled: int,
+    products: str,
+    accesses: str,
 ) -> tuple[str, ...]:
     blocks = blocks_per_multiprocessor(arch, warps, registers, shared)
-    return (source, kernel, f"sm_{arch}", *map(str, (warps, registers, shared, spilled)), products, str(blocks))
+    return (
+        source,
+        kernel,
+        f"sm_{arch}",
+        *map(str, (warps, registers, shared, spilled)),
+        products,
+        accesses,
+        str(blocks),
+    )
 
 
 def demangled(name: str) -> str:

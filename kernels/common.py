@@ -69,6 +69,17 @@ def load_tile(base, i, j, I, J, stride_i, stride_j, WIDTH_I: tl.constexpr, WIDTH
 
 
 @triton.jit
+def load_vector(base, i, I, stride, WIDTH: tl.constexpr):
+    """Elements i … i + WIDTH of the vector at base, zero outside.
+
+    For what a tile has one of per row, or per column: loaded as a tile of one column, in the layout of the others, each
+    thread would read it once for every element that it has of the row.
+    """
+    at = tl.arange(0, WIDTH)
+    return tl.load(base + tl.cast(i, tl.int64) * stride + at * stride, mask=at < I - i, other=0.0)
+
+
+@triton.jit
 def store_tile(base, value, i, j, I, J, stride_i, stride_j, WIDTH_I: tl.constexpr, WIDTH_J: tl.constexpr):
     """The counterpart of load_tile; rounds to the dtype of base."""
     base += tl.cast(i, tl.int64) * stride_i + tl.cast(j, tl.int64) * stride_j

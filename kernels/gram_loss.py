@@ -27,6 +27,7 @@ from fastssl.kernels.common import (
     gram_tile,
     launch,
     load_tile,
+    load_vector,
     multiply,
     on_device,
     store_tile,
@@ -108,9 +109,9 @@ def gram_product(
         )  # fmt: skip
         x = load_tile(student, column, k, N, K, student_row, student_depth, BLOCK_COLUMNS, BLOCK_DEPTH)
         if NORMALIZE and x.dtype == tl.float16:  # whose range D over a length may leave
-            x = (x * load_tile(student_inverse, column, 0, N, 1, 1, 0, BLOCK_COLUMNS, 1)).to(tl.float16)
+            x = (x * load_vector(student_inverse, column, N, 1, BLOCK_COLUMNS)[:, None]).to(tl.float16)
         elif NORMALIZE:
-            d *= load_tile(student_inverse, 0, column, 1, N, 0, 1, 1, BLOCK_COLUMNS)
+            d *= load_vector(student_inverse, column, N, 1, BLOCK_COLUMNS)[None, :]
         accumulator = multiply(d.to(x.dtype), x, accumulator, False)
     accumulator *= scale * tl.load(upstream)
     store_tile(product, accumulator, row, k, N, K, product_row, product_depth, BLOCK_ROWS, BLOCK_DEPTH)
@@ -148,8 +149,8 @@ def _differences(
 @triton.jit
 def _inverses(inverse, row, column, N, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """1 / (length of i · length of j) of a block of rows and columns."""
-    of_rows = load_tile(inverse, row, 0, N, 1, 1, 0, BLOCK_ROWS, 1)
-    return of_rows * load_tile(inverse, 0, column, 1, N, 0, 1, 1, BLOCK_COLUMNS)
+    of_rows = load_vector(inverse, row, N, 1, BLOCK_ROWS)[:, None]
+    return of_rows * load_vector(inverse, column, N, 1, BLOCK_COLUMNS)[None, :]
 
 
 class Side(NamedTuple):

@@ -19,6 +19,7 @@ from fastssl.kernels.common import (
     configuration,
     launch,
     load_tile,
+    load_vector,
     store_tile,
 )
 from torch import Tensor
@@ -94,7 +95,7 @@ def project_rows(
     x += head // num_heads * x_batch + head % num_heads * x_head
     grad += head // num_heads * grad_batch + head % num_heads * grad_head
     grad_unit += head * R * K
-    shrink = load_tile(inverse + head * R, first, 0, R, 1, 1, 0, BLOCK_ROWS, 1)
+    shrink = load_vector(inverse + head * R, first, R, 1, BLOCK_ROWS)[:, None]
     sums = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
     for start in range(0, K, BLOCK_DEPTH):
         unit = load_tile(x, first, start, R, K, x_row, x_depth, BLOCK_ROWS, BLOCK_DEPTH).to(tl.float32) * shrink

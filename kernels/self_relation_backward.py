@@ -29,6 +29,7 @@ from fastssl.kernels.common import (
     configuration,
     launch,
     load_tile,
+    load_vector,
     multiply,
     on_device,
     product_dtype,
@@ -116,7 +117,7 @@ def relation_product(
     grad += (head // num_heads * grad_batch + head % num_heads * grad_head) // ALIGNMENT * ALIGNMENT
     operand += head // num_heads * operand_batch + head % num_heads * operand_head
     product += head // num_heads * product_batch + head % num_heads * product_head
-    if DIRECT:
+    if DIRECT:  # once; as vectors, a configuration for sm_80 would spill
         g_o = load_tile(level + head * outer, o, 0, outer, 1, 1, 0, BLOCK_OUTER, 1)
         delta_o = load_tile(delta + head * outer, o, 0, outer, 1, 1, 0, BLOCK_OUTER, 1)
 
@@ -130,8 +131,8 @@ def relation_product(
         if TRANSPOSED:
             a = load_tile(relation, o, i, outer, inner, 1, outer, BLOCK_OUTER, BLOCK_INNER)
             da = load_tile(grad, o, i, outer, inner, grad_column, grad_row, BLOCK_OUTER, BLOCK_INNER)
-            g_i = load_tile(level + head * inner, 0, i, 1, inner, 0, 1, 1, BLOCK_INNER)
-            delta_i = load_tile(delta + head * inner, 0, i, 1, inner, 0, 1, 1, BLOCK_INNER)
+            g_i = load_vector(level + head * inner, i, inner, 1, BLOCK_INNER)[None, :]
+            delta_i = load_vector(delta + head * inner, i, inner, 1, BLOCK_INNER)[None, :]
             w += a.to(tl.float32) * ((da.to(tl.float32) - g_i) - delta_i)
         x = load_tile(operand, i, k, inner, K, operand_inner, operand_depth, BLOCK_INNER, BLOCK_DEPTH)
         # w becomes an operand of x's dtype, as the gradient of the logits does in plain PyTorch.

@@ -28,6 +28,7 @@ from fastssl.kernels.common import (
     gram_tile,
     launch,
     load_tile,
+    load_vector,
     multiply,
     on_device,
     product_dtype,
@@ -107,9 +108,9 @@ def product_block(
 ):  # fmt: skip
     """Block o, k of loss_product's product. Unless rows are WEIGHTED one by one, their weight is in scale."""
     if DIRECT:
-        l_o, m_o, largest_o = _three(stats, all_rows, o, 0, outer, 1, 1, 0, BLOCK_OUTER, 1)
+        l_o, m_o, largest_o = _three(stats, all_rows, o, outer, BLOCK_OUTER)
         if WEIGHTED:
-            w_o = load_tile(weights, o, 0, outer, 1, weight_row, 0, BLOCK_OUTER, 1)
+            w_o = load_vector(weights, o, outer, weight_row, BLOCK_OUTER)
     if WHOLE:
         x_o = load_tile(student_outer, o, 0, outer, K, student_outer_row, student_outer_depth, BLOCK_OUTER, BLOCK_DEPTH)
         y_o = load_tile(teacher_outer, o, 0, outer, L, teacher_outer_row, teacher_outer_depth, BLOCK_OUTER, BLOCK_DEPTH)
@@ -136,15 +137,15 @@ def product_block(
         t *= teacher_scale_log2
         w = tl.zeros([BLOCK_OUTER, BLOCK_INNER], tl.float32)
         if DIRECT:
-            p = tl.exp2(s - l_o)
-            ds = tl.where(p > SATURATED, largest_o, p - tl.exp2(t - m_o))
-            w += ds * w_o if WEIGHTED else ds
+            p = tl.exp2(s - l_o[:, None])
+            ds = tl.where(p > SATURATED, largest_o[:, None], p - tl.exp2(t - m_o[:, None]))
+            w += ds * w_o[:, None] if WEIGHTED else ds
         if TRANSPOSED:
-            l_i, m_i, largest_i = _three(stats, all_rows, 0, i, 1, inner, 0, 1, 1, BLOCK_INNER)
-            p = tl.exp2(s - l_i)
-            ds = tl.where(p > SATURATED, largest_i, p - tl.exp2(t - m_i))
+            l_i, m_i, largest_i = _three(stats, all_rows, i, inner, BLOCK_INNER)
+            p = tl.exp2(s - l_i[None, :])
+            ds = tl.where(p > SATURATED, largest_i[None, :], p - tl.exp2(t - m_i[None, :]))
             if WEIGHTED:
-                ds *= load_tile(weights, 0, i, 1, inner, 0, weight_row, 1, BLOCK_INNER)
+                ds *= load_vector(weights, i, inner, weight_row, BLOCK_INNER)[None, :]
             w += ds
         # Where there is no inner vector there was no logit: what stands there may be infinite.
         w = tl.where(tl.arange(0, BLOCK_INNER)[None, :] < inner - i, w, 0.0)
@@ -154,10 +155,10 @@ def product_block(
 
 
 @triton.jit
-def _three(stats, all_rows, i, j, I, J, stride_i, stride_j, WIDTH_I: tl.constexpr, WIDTH_J: tl.constexpr):
-    l = load_tile(stats, i, j, I, J, stride_i, stride_j, WIDTH_I, WIDTH_J)
-    m = load_tile(stats + all_rows, i, j, I, J, stride_i, stride_j, WIDTH_I, WIDTH_J)
-    return l, m, load_tile(stats + all_rows * 2, i, j, I, J, stride_i, stride_j, WIDTH_I, WIDTH_J)
+def _three(stats, all_rows, i, I, WIDTH: tl.constexpr):
+    l = load_vector(stats, i, I, 1, WIDTH)
+    m = load_vector(stats + all_rows, i, I, 1, WIDTH)
+    return l, m, load_vector(stats + all_rows * 2, i, I, 1, WIDTH)
 
 
 class Side(NamedTuple):

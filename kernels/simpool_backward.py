@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from fastssl.kernels.common import Configuration, configuration, launch, load_tile, on_device, store_tile
+from fastssl.kernels.common import Configuration, configuration, launch, load_vector, on_device, store_tile
 from fastssl.kernels.simpool_products import (
     IMAGES,
     OUTPUTS,
@@ -173,7 +173,7 @@ def _grad_logits(
     logits += tl.cast(head, tl.int64) * N
     da = rest * tl.sum(gained, 1)[:, None]
     store_tile(logits + all_logits, da, token, 0, N, 1, 1, 0, BLOCK_TOKENS, 1)
-    da += load_tile(given, token, 0, attention_size, 1, attention_token, 0, BLOCK_TOKENS, 1).to(tl.float32)
+    da += load_vector(given, token, attention_size, attention_token, BLOCK_TOKENS)[:, None].to(tl.float32)
     dl = a * (da - delta)
     store_tile(logits, dl, token, 0, N, 1, 1, 0, BLOCK_TOKENS, 1)
     return dl

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastssl.kernels.common import Choice, load_tile
+from fastssl.kernels.common import Choice, load_tile, load_vector
 from torch import Tensor
 
 
@@ -26,7 +26,7 @@ def channels(base, C, stride, BLOCK_CHANNELS: tl.constexpr):
 @triton.jit
 def of_tokens(base, token, N, BLOCK_TOKENS: tl.constexpr):
     """(tokens, 1) numbers from `token` on, zero beyond N."""
-    return load_tile(base, token, 0, N, 1, 1, 0, BLOCK_TOKENS, 1)
+    return load_vector(base, token, N, 1, BLOCK_TOKENS)[:, None]
 
 
 @triton.jit

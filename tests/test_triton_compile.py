@@ -110,6 +110,21 @@ def test_what_needs_no_wgmma_passes_without(change):
     assert aot.faults(GOOD | change) == []
 
 
+PTX = """
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_last.v2.b64 { %rd2, %rd3 }, [ %rd1 + 0 ];
+    @%p2 ld.global.b32 { %r5 }, [ %rd4 + 0 ];
+    st.global.v2.b32 [ %rd5 + 0 ], { %r6, %r7 };
+    cp.async.cg.shared.global [ %r8 + 0 ], [ %rd6 + 0 ], 0x10, %r9;
+    cp.async.ca.shared.global [ %r8 + 0 ], [ %rd6 + 0 ], 0x8, %r9;
+    ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r10 ];
+"""
+
+
+def test_accesses_to_device_memory_are_counted():
+    assert aot._accesses(PTX) == (6, 3)
+
+
 CROWDED = """
 import json
 import aot, triton, triton.language as tl
