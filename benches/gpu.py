@@ -152,7 +152,7 @@ def plan(facts: dict[str, Any], rehearse: bool, quick: bool, seconds: float) -> 
     if importlib.util.find_spec("xdist"):
         tests += ["-n", str(jobs), "--dist", "loadgroup"]
     tests_env = {"FASTSSL_REHEARSE_GPU": "1"} if rehearse else {}
-    if quick and not rehearse:
+    if quick:
         tests_env["FASTSSL_GPU_CASES"] = "1"
     benches = [
         *(*pytest, "benches", "--bench-device", device, *short, "--within", WITHIN),
@@ -161,7 +161,7 @@ def plan(facts: dict[str, Any], rehearse: bool, quick: bool, seconds: float) -> 
     ]
     least = 0.35 * seconds  # for the benches, whatever the others take
     return [
-        Stage("build", [sys.executable, str(INSIDE), "build"], seconds - least, build_env),
+        Stage("build", [sys.executable, str(INSIDE), "build", *["--quick"] * quick], seconds - least, build_env),
         # one thread of inductor for each of our processes
         Stage("compile", compiling, 0.2 * seconds, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
         Stage("tests", tests, 0.3 * seconds, tests_env, judge_tests),

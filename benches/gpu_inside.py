@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def facts(args: argparse.Namespace) -> int:
 
 
 def build(args: argparse.Namespace) -> int:
-    """Installs this checkout in place into the Python at hand."""
+    """Installs this checkout in place into the Python at hand; quickly: the Triton kernels alone, where that is all."""
+    if args.quick and not list((ROOT / "fastssl").glob("_C*")):
+        print("--quick compiles no C++ and CUDA where none is compiled yet")
+        os.environ["FASTSSL_EXTENSION"] = "0"
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
     code, text = _stream([*pip, "-e", "."])
     if code != 0 and "externally-managed-environment" in text:  # PEP 668
