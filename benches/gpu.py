@@ -148,9 +148,10 @@ def plan(facts: dict[str, Any], rehearse: bool, quick: bool, seconds: float) -> 
         build_env["TORCH_CUDA_ARCH_LIST"] = facts["capability"]  # this chip alone, to save time
     compiling = [sys.executable, str(INSIDE), "compile", "--device", device, "--jobs", str(jobs), *short]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = [*pytest, "tests", "-m", "gpu", "--durations=5"]
-    if importlib.util.find_spec("xdist"):
-        tests += ["-n", str(jobs), "--dist", "loadgroup"]
+    workers = ["-n", str(jobs), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    tests = [*pytest, *workers, "tests", "-m", "gpu", "--durations=5"]
+    sources = [*pytest, *workers, *map(str, sorted((ROOT / "tests").glob("test_cuda_*.py"))), "-m", "not proof"]
+    here = "" if rehearse else "the kernels themselves are tested here"
     tests_env = {"FASTSSL_REHEARSE_GPU": "1"} if rehearse else {}
     if quick:
         tests_env["FASTSSL_GPU_CASES"] = "1"
@@ -165,6 +166,7 @@ def plan(facts: dict[str, Any], rehearse: bool, quick: bool, seconds: float) -> 
         # one thread of inductor for each of our processes
         Stage("compile", compiling, 0.2 * seconds, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
         Stage("tests", tests, 0.3 * seconds, tests_env, judge_tests),
+        Stage("sources", sources, 0.2 * seconds, judge=judge_tests, absent=here),  # CUDA sources run on the CPU
         *(sanitized(tool, device, rehearse, quick, 0.1 * seconds) for tool in ("memcheck", "racecheck")),
         Stage("benches", benches, seconds, judge=judge_tests),
     ]

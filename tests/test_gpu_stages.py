@@ -57,7 +57,7 @@ def test_a_stage_is_told_how_long_it_has(tmp_path):
     assert (tmp_path / "stage.log").read_text().strip() == "12"  # a fifth is for it to end by itself
 
 
-STAGES = ["build", "compile", "tests", "memcheck", "racecheck", "benches"]
+STAGES = ["build", "compile", "tests", "sources", "memcheck", "racecheck", "benches"]
 
 
 @pytest.mark.parametrize(("quick", "seconds"), [(False, 470.0), (True, 110.0)])
@@ -74,6 +74,8 @@ def test_stages_and_their_time(quick, seconds, monkeypatch):
     for tool in ("memcheck", "racecheck"):
         assert [tool in stages[tool].command, "--tool" in stages[tool].command] == [True, True]
         assert ("left out" in stages[tool].absent) == quick
+    assert stages["sources"].absent
+    assert "-n" not in stages["benches"].command
     rehearsed = gpu.plan({}, True, False, 900.0)
     assert [stage.name for stage in rehearsed] == STAGES
     assert not any(stage.absent for stage in rehearsed)
