@@ -57,14 +57,14 @@ def _add_keys(
     q_row, k_row, v_row, grad_row,
     BLOCK: tl.constexpr, INNER: tl.constexpr, DEPTH: tl.constexpr, SLICE: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """dq + dS K over keys key … key + INNER. Where there is none, K is 0."""
+    """dq + dS K over keys key … key + INNER."""
     other, here = tokens_of(order, begin, key, count, INNER, INDEXED)
     y = load_rows(k, other, here, depth, k_row, 0, DEPTH)
     z = v
     if SLICE == 0:
         z = load_rows(v, other, here, depth, v_row, 0, DEPTH)
     s = dots(q, x, token, there, q_row, k, y, other, here, k_row, depth, BLOCK, INNER, SLICE)
-    p = probabilities(s, scale_log2, l[:, None])
+    p = tl.where(here[None, :], probabilities(s, scale_log2, l[:, None]), 0.0)
     dp = dots(grad, g, token, there, grad_row, v, z, other, here, v_row, depth, BLOCK, INNER, SLICE)
     ds = p * (dp - d[:, None])
     return multiply(ds.to(y.dtype), y, dq, False)

@@ -22,6 +22,19 @@ def probabilities(logits, scale_log2, l):
 
 
 @triton.jit
+def over_rows(weights, rows, KEYS: tl.constexpr, DEPTH: tl.constexpr):
+    """weightsᵀ rows, (KEYS, DEPTH). For wgmma, which multiplies 64 rows, as the transpose of rowsᵀ weights.
+
+    Rows are in shared memory, where they are transposed for nothing. Weights are in registers: as the transposed left
+    operand of wgmma, they are what compilers before Triton 3.7.1 are said to get wrong on sm_90.
+    """
+    if KEYS >= 64 or DEPTH >= 64:
+        return tl.trans(multiply(tl.trans(rows), weights, tl.zeros([DEPTH, KEYS], tl.float32), False))
+    else:
+        return multiply(tl.trans(weights), rows, tl.zeros([KEYS, DEPTH], tl.float32), False)
+
+
+@triton.jit
 def in_one_tile(
     q, k, v, grad, out, order, lse, result, begin, count, heads, depth_units, scale, scale_log2,
     q_row, k_row, v_row, grad_row, out_row, BLOCK: tl.constexpr, DEPTH: tl.constexpr, INDEXED: tl.constexpr,
@@ -33,20 +46,20 @@ def in_one_tile(
     y = load_rows(k, token, there, depth, k_row, 0, DEPTH)
     g = load_rows(grad, token, there, depth, grad_row, 0, DEPTH)
     l = tl.load(lse + token, mask=there, other=0.0) * LOG2E
-    zeros = tl.zeros([BLOCK, DEPTH], tl.float32)
     square = tl.zeros([BLOCK, BLOCK], tl.float32)
     p = probabilities(multiply(x, tl.trans(y), square, False), scale_log2, l[:, None])
+    p = tl.where(there[None, :], p, 0.0)
     one = heads * depth_units
     part = tl.cast(one, tl.int64) * 8
-    dv = multiply(tl.trans(p.to(x.dtype)), g, zeros, False)
+    dv = over_rows(p.to(x.dtype), g, BLOCK, DEPTH)
     store_rows(result + part * 2, dv, token, there, depth, 3 * one, DEPTH)
     z = load_rows(v, token, there, depth, v_row, 0, DEPTH)
     o = load_rows(out, token, there, depth, out_row, 0, DEPTH)
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     ds = (p * (multiply(g, tl.trans(z), square, False) - d[:, None])).to(x.dtype)
-    dq = multiply(ds, y, zeros, False)
+    dq = multiply(ds, y, tl.zeros([BLOCK, DEPTH], tl.float32), False)
     store_rows(result, dq * scale, token, there, depth, 3 * one, DEPTH)
-    dk = multiply(tl.trans(ds), x, zeros, False)
+    dk = over_rows(ds, x, BLOCK, DEPTH)
     store_rows(result + part, dk * scale, token, there, depth, 3 * one, DEPTH)
 
 
@@ -56,10 +69,7 @@ def by_keys(
     q_row, k_row, v_row, grad_row, out_row,
     ROWS: tl.constexpr, INNER: tl.constexpr, DEPTH: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """Of a sequence of at most ROWS rows, in 16 bits.
-
-    Rows and keys that there are not are zeros, as are their dO and delta, and P is at most 1: they add nothing.
-    """
+    """Of a sequence of at most ROWS rows, in 16 bits. Rows beyond it have no Q, dO and delta, and add nothing."""
     depth = depth_units * 8
     one = heads * depth_units
     part = tl.cast(one, tl.int64) * 8
@@ -76,17 +86,10 @@ def by_keys(
         y = load_rows(k, other, here, depth, k_row, 0, DEPTH)
         z = load_rows(v, other, here, depth, v_row, 0, DEPTH)
         p = probabilities(multiply(x, tl.trans(y), square, False), scale_log2, l[:, None])
+        p = tl.where(here[None, :], p, 0.0)
         ds = (p * (multiply(g, tl.trans(z), square, False) - d[:, None])).to(x.dtype)
-        p = p.to(x.dtype)
-        # A warp group of wgmma multiplies 64 rows, which there are of channels, not of keys.
-        if INNER < 64 and DEPTH >= 64:
-            zeros = tl.zeros([DEPTH, INNER], tl.float32)
-            dv = tl.trans(multiply(tl.trans(g), p, zeros, False))
-            dk = tl.trans(multiply(tl.trans(x), ds, zeros, False))
-        else:
-            zeros = tl.zeros([INNER, DEPTH], tl.float32)
-            dv = multiply(tl.trans(p), g, zeros, False)
-            dk = multiply(tl.trans(ds), x, zeros, False)
+        dv = over_rows(p.to(x.dtype), g, INNER, DEPTH)
+        dk = over_rows(ds, x, INNER, DEPTH)
         store_rows(result + part * 2, dv, other, here, depth, 3 * one, DEPTH)
         store_rows(result + part, dk * scale, other, here, depth, 3 * one, DEPTH)
         dq = multiply(ds, y, dq, False)

@@ -177,7 +177,7 @@ WHOLE = {
     (80, 32): {128: (32, 2), 256: (32, 2)},
     (80, 64): {128: (32, 2), 256: (16, 2)},
     (80, 128): {128: (16, 2)},
-    (90, 32): {128: (64, 2), 256: (32, 2)},
+    (90, 32): {128: (32, 2), 256: (32, 2)},
     (90, 64): {128: (32, 2), 256: (32, 2)},
     (90, 128): {128: (32, 2)},
     (100, 32): {128: (32, 2), 256: (32, 2)},
@@ -217,7 +217,9 @@ class Kind(NamedTuple):
 
 def queries_choice(kind: Kind) -> Choice:
     choice = choose(attention_grad_queries, QUERIES, *kind[:4])
-    return choice._replace(constexprs={"SHORT": kind.short(), "WHOLE": kind.whole(), **choice.constexprs})
+    choice = choice._replace(constexprs={"SHORT": kind.short(), "WHOLE": kind.whole(), **choice.constexprs})
+    # Then longer sequences than expected are all that would be loaded in stages.
+    return choice._replace(num_stages=1) if kind.whole() > kind.short() else choice
 
 
 def keys_choice(kind: Kind) -> Choice:
