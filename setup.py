@@ -176,6 +176,7 @@ class BuildPython(build_py):
 
 
 def native_arguments(p: Plan) -> dict:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     include = [str(ROOT / "csrc"), str(facts_header(p))]
@@ -200,7 +201,8 @@ def native_arguments(p: Plan) -> dict:
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}")
+            versions = f"{sys.implementation.cache_tag}-{torch.__version__}-{p.cuda_version or 'cpu'}"
+            self.build_temp = str(ROOT / "build" / f"temp-{versions}")
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "build_py": BuildPython}}
 

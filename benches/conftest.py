@@ -134,15 +134,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         run = config.stash[_RUN]
         run.fit(within)
         # What is asked for most comes first.
-        items.sort(key=lambda item: _rank(*run.entries[item.callspec.params["bench_entry"]][:2]))
+        items.sort(key=lambda item: harness.rank(*run.entries[item.callspec.params["bench_entry"]][:2]))
     for item in items:
         if "bench_entry" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-
-
-def _rank(case: harness.Case, mode: str) -> tuple[int, int]:
-    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
-    return dtypes.index(case.dtype), -harness.MODES.index(mode)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def facts(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> int:
     """Installs this checkout in place into the Python at hand; quickly: the Triton kernels alone, where that is all."""
-    if args.quick and not list((ROOT / "fastssl").glob("_C*")):
+    if args.quick and not any((ROOT / "fastssl" / f"_C{end}").exists() for end in EXTENSION_SUFFIXES):
         print("--quick compiles no C++ and CUDA where none is compiled yet")
         os.environ["FASTSSL_EXTENSION"] = "0"
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
@@ -78,20 +79,35 @@ class Row(NamedTuple):
     quick: bool
 
 
-def rows(device: str, quick: bool) -> Iterator[Row]:
+def rows(device: str, quick: bool) -> list[Row]:
+    """Those of all benches, what is asked for most first."""
+    harness = importlib.import_module("harness")
+    found = []
     for file in sorted(BENCHES.glob("bench_*.py")):
         for i, case in enumerate(importlib.import_module(file.stem).cases(device, quick)):
-            yield from (Row(file.stem, i, mode, device, quick) for mode in case.floors)
+            found += [(harness.rank(case, mode), Row(file.stem, i, mode, device, quick)) for mode in case.floors]
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
 def compile_(args: argparse.Namespace) -> int:
-    """Runs every side of every row once, in several processes: the benches then find all in the compilers' caches."""
-    failed = 0
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for text, good in pool.map(run_once, rows(args.device, args.quick)):
+    """Runs every side of every row once, in several processes: the benches then find all in the compilers' caches.
+
+    What does not fit into the time the benches compile themselves.
+    """
+    end = time.monotonic() + args.within
+    wanted, good = rows(args.device, args.quick), []
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(run_once, row) for row in wanted], timeout=end - time.monotonic()):
+            text, fine = future.result()
             print(text, flush=True)
-            failed += not good
-    return 1 if failed else 0
+            good.append(fine)
+    except TimeoutError:
+        print(f"{len(good)} of {len(wanted)} rows in {args.within:.0f} s")
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+        process.terminate()
+    return 0 if all(good) else 1
 
 
 def run_once(row: Row) -> tuple[str, bool]:
@@ -99,15 +115,21 @@ def run_once(row: Row) -> tuple[str, bool]:
 
     equality = importlib.import_module("equality")
     torch.set_num_threads(1)
+    torch._dynamo.reset()
     case = importlib.import_module(row.module).cases(row.device, row.quick)[row.case]
-    inputs = tuple(equality.to_case(x, case) for x in case.make_inputs(torch.Generator().manual_seed(0)))
     errors = []
+    try:
+        inputs = tuple(equality.to_case(x, case) for x in case.make_inputs(torch.Generator().manual_seed(0)))
+        out = case.sides[0].run(*inputs)
+        upstream = torch.randn_like(out) if out.dim() else None
+    except Exception as error:
+        return f"{row}: {type(error).__name__}: {error}"[:500], False
     for side in case.present(row.mode):
         try:
-            out = side.run(*inputs)
-            upstream = torch.randn_like(out) if out.dim() else None
             step = equality.make_step(side.run, row.mode, inputs, case.differentiable, upstream)
             step.run(step.prepare())
+            if row.device == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:
             errors.append(f"{side.name}: {type(error).__name__}: {error}"[:500])
     name = f"{case.op} {case.shape} {equality.name(case.dtype)} {row.mode}"
@@ -115,27 +137,29 @@ def run_once(row: Row) -> tuple[str, bool]:
 
 
 def calls(args: argparse.Namespace) -> int:
-    """Runs a small call of each op and backend, and its gradients, in two dtypes: what compute-sanitizer watches."""
+    """Runs a small call of each op and backend, and its gradients: what compute-sanitizer watches."""
     import torch
 
     sys.path.insert(0, str(ROOT / "tests"))
     small = importlib.import_module("small_calls")
     half = torch.bfloat16 if args.device == "cuda" else torch.float16  # Triton's interpreter multiplies no bfloat16
-    for name, call in small.SMALL_CALLS.items():
-        for backend in ("cpp", "triton"):
-            for dtype in (torch.float32, half):
-                for size in ((1, 1, 48), (2, 37, 48)):
-                    arguments = call.arguments(size, args.device, dtype)
-                    if call.why_not(arguments, backend):
-                        arguments = call.arguments(size, args.device, dtype, grad=False)
-                    reasons = call.why_not(arguments, backend)
-                    if reasons:
-                        print(f"{name} {backend}: {'; '.join(reasons)}")
-                        break
-                    good = all(bool(x.isfinite().all()) for x in call.step(arguments, backend))
-                    print(f"{name} {backend} {dtype} {size}: {'ok' if good else 'not finite'}", flush=True)
-                    if not good:
-                        return 1
+    end = time.monotonic() + args.within
+    one, short, *whole, _ = small.SIZES
+    kinds = [(half, short), (torch.float32, short)]
+    if args.device == "cuda":
+        kinds = [*((half, size) for size in whole), *kinds, (half, one), (torch.float32, one)]
+    for dtype, size in kinds:
+        for name, call in small.SMALL_CALLS.items():
+            for backend in ("triton", "cpp"):
+                if time.monotonic() > end:
+                    print(f"the time was up before {name} {backend} {dtype} {size}")
+                    return 0
+                arguments, reasons = small.arguments_for(call, backend, size, args.device, dtype)
+                good = not reasons and all(bool(x.isfinite().all()) for x in call.step(arguments, backend))
+                found = "ok" if good else "; ".join(reasons) or "not finite"
+                print(f"{name} {backend} {dtype} {size}: {found}", flush=True)
+                if found == "not finite":
+                    return 1
     return 0
 
 
@@ -148,6 +172,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--within", type=float, default=600.0, help="seconds in which to begin something new")
     args = parser.parse_args()
     return STAGES[args.stage](args)
 

@@ -88,6 +88,12 @@ class Case:
         return [s for s in self.sides if mode in s.modes and not s.absent]
 
 
+def rank(case: Case, mode: str) -> tuple[int, int]:
+    """By which rows are sorted where there may not be the time for all."""
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+    return dtypes.index(case.dtype), -MODES.index(mode)
+
+
 def measure(case: Case, mode: str, settings: timing.Settings) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Checks and times one case in one mode: its row for the results, and every side's samples in seconds."""
     if "torch._dynamo" in sys.modules:

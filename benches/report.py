@@ -111,7 +111,7 @@ def _others(row: Row, name: str) -> str:
 def _wall(row: Row, name: str) -> tuple[str, ...]:
     eager, mine = row["sides"]["eager"], row["sides"][name]
     ratio = row["wall_ratios"][name].get("eager")
-    times = [f"{side[name]:.3f}" for name in ("warm_ms", "wall_ms") for side in (eager, mine)]
+    times = [f"{side[clock]:.3f}" for clock in ("warm_ms", "wall_ms") for side in (eager, mine)]
     return *times, f"{1e3 * mine['host_ms']:.0f}", _times(ratio)
 
 

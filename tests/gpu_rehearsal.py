@@ -51,7 +51,10 @@ def replay_of(step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[]
 
 
 def choose(items: list[Any]) -> list[Any]:
-    """Tests marked gpu, of each function, and op where it takes one, the CASES smallest that would run."""
+    """Tests marked gpu, of each function, and op where it takes one, CASES that would run.
+
+    Without a GPU the smallest ones, on one some from the smallest to the largest.
+    """
     functions = defaultdict(list)
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -59,9 +62,15 @@ def choose(items: list[Any]) -> list[Any]:
         skipped = any(item.iter_markers("skip")) or any(mark.args[0] for mark in item.iter_markers("skipif"))
         skipped |= ASKED and torch.bfloat16 in values
         if item.get_closest_marker("gpu") is not None and not skipped:
-            function = item.nodeid.partition("[")[0], parameters.get("what")
+            function = item.nodeid.partition("[")[0], parameters.get("what"), parameters.get("op")
             functions[function].append((_size(values), item))
-    return [item for cases in functions.values() for _, item in sorted(cases, key=lambda case: case[0])[:CASES]]
+    chosen = []
+    for cases in functions.values():
+        ordered = [item for _, item in sorted(cases, key=lambda case: case[0])]
+        number = min(CASES, len(ordered))
+        spread = [(2 * i + 1) * len(ordered) // (2 * number) for i in range(number)]
+        chosen += ordered[:number] if ASKED else [ordered[i] for i in spread]
+    return chosen
 
 
 def _size(values: Any) -> int:

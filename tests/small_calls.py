@@ -96,7 +96,7 @@ def _rows(images: int, length: int, width: int) -> list[Tensor]:
 
 
 def _every_third_dropped(images: int, length: int) -> list[Tensor]:
-    return [(torch.arange(length) % 3 > 0).repeat(images, 1)]
+    return [(torch.arange(length) % 3 < 2).repeat(images, 1)]
 
 
 def _two_to_an_image(images: int, length: int) -> list[Tensor]:
@@ -130,3 +130,18 @@ SMALL_CALLS = {
     "masked_attention": Small("masked_attention", _heads, _of_heads, places=_every_third_dropped),
     "packed_attention": Small("packed_attention", _rows, _of_rows, places=_two_to_an_image),
 }
+
+#: Images, tokens and channels. Attention's gradient has a kernel for up to 64 tokens, 128, 256 and any number.
+SIZES = [(1, 1, 48), (2, 37, 48), (2, 100, 128), (2, 197, 128), (3, 300, 144)]
+
+
+def arguments_for(
+    call: Small, backend: str, size: tuple[int, int, int], device: str, dtype: torch.dtype, repeat: int = 1
+) -> tuple[Arguments, list[str]]:
+    """Arguments, without gradients where the backend has none there, and why it cannot take them."""
+    arguments = call.arguments(size, device, dtype, repeat)
+    reasons = call.why_not(arguments, backend)
+    if any("backward" in reason for reason in reasons):
+        arguments = call.arguments(size, device, dtype, repeat, grad=False)
+        reasons = call.why_not(arguments, backend)
+    return arguments, reasons

@@ -8,7 +8,7 @@ import gpu_rehearsal
 import pytest
 import torch
 from compare import assert_close
-from small_calls import SMALL_CALLS
+from small_calls import SIZES, SMALL_CALLS, arguments_for
 from tolerances import FORWARD, GRADIENT, POOLED, POOLED_GRADIENT
 
 from fastssl import _library
@@ -22,19 +22,15 @@ pytestmark = [
 WHAT = pytest.mark.parametrize("what", SMALL_CALLS)
 NO_CUDA_SOURCE = pytest.mark.skipif(_library.why_no_cuda is not None, reason=_library.why_no_cuda or "")
 BACKENDS = pytest.mark.parametrize("backend", ["triton", pytest.param("cpp", marks=NO_CUDA_SOURCE)])
-SIZE = (2, 37, 48)
+#: In float32, and as models are trained.
+KINDS = pytest.mark.parametrize(("size", "dtype"), [(SIZES[1], torch.float32), (SIZES[3], torch.bfloat16)])
 #: A tensor of this many elements has some at which 32-bit offsets wrap around.
 MANY = 2**31 if not gpu_rehearsal.ASKED else 2**12
 
 
-def call_of(what, backend, size=SIZE, dtype=torch.float32, device="cuda", **options):
-    """A small call and its arguments, without gradients where the backend has none on a GPU."""
+def call_of(what, backend, size=SIZES[1], dtype=torch.float32):
     call = SMALL_CALLS[what]
-    arguments = call.arguments(size, device, dtype, **options)
-    reasons = call.why_not(arguments, backend)
-    if any("backward" in reason for reason in reasons):
-        arguments = call.arguments(size, device, dtype, grad=False, **options)
-        reasons = call.why_not(arguments, backend)
+    arguments, reasons = arguments_for(call, backend, size, "cuda", dtype)
     if reasons:
         pytest.skip(f"{backend} {'; '.join(reasons)}")
     return call, arguments
@@ -47,7 +43,7 @@ def test_every_op_is_here():
 @BACKENDS
 @WHAT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(1, 1, 48), (2, 37, 48), (3, 197, 144)])
+@pytest.mark.parametrize("size", SIZES)
 def test_against_float64(what, backend, dtype, size):
     call, arguments = call_of(what, backend, size, dtype)
     exact = arguments.to("cpu", torch.float64)
@@ -57,15 +53,16 @@ def test_against_float64(what, backend, dtype, size):
     got = call.step(arguments, backend, upstream.to(out.device))
     forward, gradient = (POOLED, POOLED_GRADIENT) if call.op == "simpool" else (FORWARD, GRADIENT)
     assert_close(got[0], truth[0], forward[dtype], "value")
-    for one, other in zip(got[1:], truth[1:], strict=bool(arguments.leaves())):
+    for one, other in zip(got[1:], truth[1:], strict=True):
         assert_close(one, other, gradient[dtype], "gradient")
 
 
 @BACKENDS
 @WHAT
-def test_runs_on_the_current_stream(what, backend):
+@KINDS
+def test_runs_on_the_current_stream(what, backend, size, dtype):
     """Its inputs get there late: whatever ran on another stream would have missed them."""
-    call, arguments = call_of(what, backend)
+    call, arguments = call_of(what, backend, size, dtype)
     expected = call.step(arguments, backend)
     late = arguments.to()
     for x in (*late.images, *late.shared):
@@ -83,8 +80,9 @@ def test_runs_on_the_current_stream(what, backend):
 
 @BACKENDS
 @WHAT
-def test_waits_for_nothing(what, backend):
-    call, arguments = call_of(what, backend)
+@KINDS
+def test_waits_for_nothing(what, backend, size, dtype):
+    call, arguments = call_of(what, backend, size, dtype)
     call.step(arguments, backend)  # what is compiled and loaded once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -96,9 +94,10 @@ def test_waits_for_nothing(what, backend):
 
 @BACKENDS
 @WHAT
-def test_in_a_graph(what, backend):
+@KINDS
+def test_in_a_graph(what, backend, size, dtype):
     """Captured with its gradients, then replayed on other values."""
-    call, arguments = call_of(what, backend)
+    call, arguments = call_of(what, backend, size, dtype)
     replay, results = captured(lambda: call.step(arguments, backend))
     for _ in range(2):
         for x in (*arguments.images, *arguments.shared):
@@ -126,9 +125,10 @@ def captured(step):
 
 @BACKENDS
 @WHAT
+@KINDS
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_on_another_device_than_the_current(what, backend):
-    call, arguments = call_of(what, backend)
+def test_on_another_device_than_the_current(what, backend, size, dtype):
+    call, arguments = call_of(what, backend, size, dtype)
     expected = call.step(arguments, backend)
     assert torch.cuda.current_device() == 0
     got = call.step(arguments.to("cuda:1"), backend)
@@ -153,7 +153,8 @@ def test_more_than_2_31_elements(what, backend):
     for x, values in zip((*many.images, *many.shared), (*few.images, *few.shared), strict=True):
         x.data.view(-1, *values.shape).copy_(values.data.expand(x.numel() // values.numel(), *values.shape))
     assert many.images[0].numel() > MANY
-    upstream = torch.randn_like(call(few, backend)) if call(few, backend).dim() else None
+    out = call(few, backend)
+    upstream = torch.randn_like(out) if out.dim() else None
     expected = call.step(few, backend, upstream)
     repeated = None if upstream is None else upstream.repeat(repeat, *[1] * (upstream.dim() - 1))
     got = call.step(many, backend, repeated)
