@@ -48,9 +48,10 @@ def test_against_float64(what, backend, dtype, size):
     call, arguments = call_of(what, backend, size, dtype)
     exact = arguments.to("cpu", torch.float64)
     out = call(arguments, backend)
-    upstream = torch.randn(out.shape).to(dtype)
+    # A mean's gradient is scaled, as in training with float16, of which it would be a subnormal number.
+    upstream = torch.randn(out.shape).to(out.dtype) if out.dim() else torch.tensor(1000.0)
     truth = call.step(exact, "reference", upstream.double())
-    got = call.step(arguments, backend, upstream.to(out.device))
+    got = call.step(arguments, backend, upstream.to(out))
     forward, gradient = (POOLED, POOLED_GRADIENT) if call.op == "simpool" else (FORWARD, GRADIENT)
     assert_close(got[0], truth[0], forward[dtype], "value")
     for one, other in zip(got[1:], truth[1:], strict=True):
