@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as TimeIsUp
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def compile_(args: argparse.Namespace) -> int:
             text, fine = future.result()
             print(text, flush=True)
             good.append(fine)
-    except TimeoutError:
+    except TimeIsUp:
         print(f"{len(good)} of {len(wanted)} rows in {args.within:.0f} s")
     pool.shutdown(wait=False, cancel_futures=True)
     for process in multiprocessing.active_children():
