@@ -2,6 +2,7 @@
 
 import torch
 from compare import assert_close, doubles, gradients
+from launches import launched_from
 from tolerances import FORWARD, GRADIENT
 
 import fastssl
@@ -64,13 +65,4 @@ def launched(monkeypatch):
     """The names of the kernels that will have been launched."""
     from fastssl.kernels import masked_attention, packed_attention, packed_attention_backward
 
-    names = []
-    for module in (masked_attention, packed_attention, packed_attention_backward):
-        launch = module.launch
-
-        def spy(choice, *arguments, launch=launch):
-            names.append(choice.kernel.__name__)
-            launch(choice, *arguments)
-
-        monkeypatch.setattr(module, "launch", spy)
-    return names
+    return launched_from(monkeypatch, masked_attention, packed_attention, packed_attention_backward)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 ASKED = os.environ.get("FASTSSL_REHEARSE_GPU") == "1"
-#: How many cases of each test, the smallest; 0: all. `make gpu ARGS=--quick` asks for few on a GPU too.
+#: How many cases of each test; 0: all. `make gpu` asks for some on a GPU too.
 CASES = int(os.environ.get("FASTSSL_GPU_CASES", "3" if ASKED else "0"))
 
 

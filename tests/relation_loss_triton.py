@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compare import assert_close, doubles, gradients
+from launches import launched_from
 from tolerances import FORWARD, GRADIENT
 
 import fastssl
@@ -78,13 +79,4 @@ def launched(monkeypatch):
     """The names of the kernels that will have been launched."""
     from fastssl.kernels import self_relation_loss, self_relation_loss_backward
 
-    names = []
-    for module in (self_relation_loss, self_relation_loss_backward):
-        launch = module.launch
-
-        def spy(choice, *arguments, launch=launch):
-            names.append(choice.kernel.__name__)
-            launch(choice, *arguments)
-
-        monkeypatch.setattr(module, "launch", spy)
-    return names
+    return launched_from(monkeypatch, self_relation_loss, self_relation_loss_backward)

@@ -136,12 +136,12 @@ SIZES = [(1, 1, 48), (2, 37, 48), (2, 100, 128), (2, 197, 128), (3, 300, 144)]
 
 
 def arguments_for(
-    call: Small, backend: str, size: tuple[int, int, int], device: str, dtype: torch.dtype, repeat: int = 1
+    call: Small, backend: str, size: tuple[int, int, int], device: str, dtype: torch.dtype
 ) -> tuple[Arguments, list[str]]:
     """Arguments, without gradients where the backend has none there, and why it cannot take them."""
-    arguments = call.arguments(size, device, dtype, repeat)
+    arguments = call.arguments(size, device, dtype)
     reasons = call.why_not(arguments, backend)
     if any("backward" in reason for reason in reasons):
-        arguments = call.arguments(size, device, dtype, repeat, grad=False)
+        arguments = call.arguments(size, device, dtype, grad=False)
         reasons = call.why_not(arguments, backend)
     return arguments, reasons
